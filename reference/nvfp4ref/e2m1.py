@@ -12,6 +12,8 @@ Producers treat -0.0 and NaN in other ways: see `nvfp4ref.conventions`.
 Bit-exact with CUDA's __nv_cvt_float_to_fp4 on every float32 that is not NaN.
 """
 
+import itertools
+
 import torch
 
 from nvfp4ref.formats import E2M1
@@ -20,7 +22,7 @@ from nvfp4ref.formats import E2M1
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 #: Where rounding changes from one code to the next; a value on a midpoint is a tie.
-MIDPOINTS = tuple((low + high) / 2 for low, high in zip(MAGNITUDES, MAGNITUDES[1:], strict=False))
+MIDPOINTS = tuple((low + high) / 2 for low, high in itertools.pairwise(MAGNITUDES))
 
 #: Value of each code from 0 to 15.
 VALUES = MAGNITUDES + tuple(-magnitude for magnitude in MAGNITUDES)

@@ -14,6 +14,7 @@ and gave NaN above 464 before. SATURATE is bit-exact with CUDA's __nv_cvt_float_
 __NV_SATFINITE, NAN with __NV_NOSAT and ml_dtypes, but for the sign of NaN (CUDA drops it).
 """
 
+import itertools
 from enum import StrEnum
 
 import torch
@@ -47,7 +48,7 @@ MAGNITUDES = VALUES[:0x7F]
 
 #: Where rounding changes from one byte to the next; the last, 464, is where overflow begins.
 MIDPOINTS = (
-    *((low + high) / 2 for low, high in zip(MAGNITUDES, MAGNITUDES[1:], strict=False)),
+    *((low + high) / 2 for low, high in itertools.pairwise(MAGNITUDES)),
     464.0,
 )
 
