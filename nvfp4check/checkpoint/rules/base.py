@@ -1,0 +1,156 @@
+"""What a rule is, what it may look at, and how it says what it found.
+
+A rule is a function from a `RuleContext` to problems, with the text that explains it:
+
+    @rule("NV003", "indexed-tensor-absent", Severity.ERROR, fires_when=..., why=..., repair=...)
+    def indexed_tensor_absent(context: RuleContext) -> Iterator[Problem]:
+        ...
+        yield Problem("...", tensor=name, shard=shard)
+
+The decorator returns the `Rule`. A group file lists its rules in `RULES`, and the package's
+`__init__` collects the groups. What a rule cannot look at it hands to `RuleContext.skip`.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from nvfp4check.findings import Finding, JsonValue, Severity, Skipped
+
+if TYPE_CHECKING:
+    from nvfp4check.checkpoint.expected import ExpectedTensor
+    from nvfp4check.checkpoint.opening import Checkpoint
+    from nvfp4check.checkpoint.scan import WeightScan
+
+#: What text output cannot show as it is: control characters, separators, surrogates, marks that
+#: reorder text.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
+)
+
+
+class RuleLevel(StrEnum):
+    """How much of a checkpoint a rule has to read."""
+
+    HEADERS = "headers"
+    BYTES = "bytes"
+
+
+def printable(text: str, limit: int = 200) -> str:
+    r"""Return the text with everything a terminal would act on escaped, and cut to a length.
+
+    Names come from the checkpoint, which may be hostile: an escape sequence in a tensor's name
+    must not reach the terminal, nor a line break forge a second finding.
+    """
+
+    def escape(match: re.Match[str]) -> str:
+        code = ord(match.group())
+        return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+    shown = _UNPRINTABLE.sub(escape, text)
+    return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing a rule found: a `Finding` without the rule's id, name and severity.
+
+    `offset` is a byte offset into the shard; `count` how many elements, blocks or tensors are
+    concerned.
+    """
+
+    message: str
+    tensor: str | None = None
+    shard: str | None = None
+    offset: int | None = None
+    count: int | None = None
+    observed: JsonValue = None
+    expected: JsonValue = None
+
+
+@dataclass(slots=True)
+class RuleContext:
+    """What the rules look at.
+
+    `expected` is None when no map of expected tensors exists for the architecture. `scans` holds
+    what the byte pass counted, by logical weight name; it is empty at level headers and partial
+    in a sampled run. `tp` is the number of tensor parallel shards to check for, or None.
+    """
+
+    checkpoint: "Checkpoint"
+    expected: "Mapping[str, ExpectedTensor] | None" = None
+    scans: "Mapping[str, WeightScan]" = field(default_factory=dict)
+    level: RuleLevel = RuleLevel.HEADERS
+    tp: int | None = None
+    skipped: list[Skipped] = field(default_factory=list)
+
+    def skip(self, what: str, why: str) -> None:
+        """Record something that was not checked. Said twice, it is kept once."""
+        entry = Skipped(what, why)
+        if entry not in self.skipped:
+            self.skipped.append(entry)
+
+
+Check = Callable[[RuleContext], Iterable[Problem]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """One rule of validate, with what a release engineer needs to act on it."""
+
+    id: str
+    name: str
+    severity: Severity
+    level: RuleLevel
+    fires_when: str
+    why: str
+    repair: str
+    incidents: tuple[str, ...]
+    check: Check
+
+    def findings(self, context: RuleContext) -> Iterator[Finding]:
+        """Run the rule and put its name on everything it found."""
+        for problem in self.check(context):
+            yield Finding(
+                rule=self.id,
+                name=self.name,
+                severity=self.severity,
+                message=problem.message,
+                tensor=problem.tensor,
+                shard=problem.shard,
+                offset=problem.offset,
+                count=problem.count,
+                observed=problem.observed,
+                expected=problem.expected,
+            )
+
+
+def rule(
+    identifier: str,
+    name: str,
+    severity: Severity,
+    *,
+    fires_when: str,
+    why: str,
+    repair: str,
+    incidents: tuple[str, ...] = (),
+    level: RuleLevel = RuleLevel.HEADERS,
+) -> Callable[[Check], Rule]:
+    """Make a rule of the function below it."""
+
+    def make(check: Check) -> Rule:
+        return Rule(
+            id=identifier,
+            name=name,
+            severity=severity,
+            level=level,
+            fires_when=fires_when,
+            why=why,
+            repair=repair,
+            incidents=incidents,
+            check=check,
+        )
+
+    return make
