@@ -25,7 +25,7 @@ Kernel = Callable[..., Any]
 Inputs = Mapping[str, Any]
 
 
-class Unsupported(Exception):
+class UnsupportedError(Exception):
     """A kernel says that it does not take this shape, dtype or device: skipped and counted."""
 
 
@@ -92,18 +92,18 @@ class Operation:
         """Return the outputs of one call of a kernel, always as a tuple.
 
         Raises:
-            WrongOutputs: The kernel returned another number of outputs.
+            WrongOutputsError: The kernel returned another number of outputs.
         """
         returned = kernel(*self.arguments_of(inputs))
         outputs = tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
         required = sum(not value.optional for value in self.outputs)
         if not required <= len(outputs) <= len(self.outputs):
             names = ", ".join(value.name for value in self.outputs)
-            raise WrongOutputs(f"{self.name} returned {len(outputs)} outputs, expected {names}")
+            raise WrongOutputsError(f"{self.name} returned {len(outputs)} outputs, expected {names}")
         return outputs
 
 
-class WrongOutputs(Exception):
+class WrongOutputsError(Exception):
     """A kernel returned something that has not the form of the operation's outputs."""
 
 
