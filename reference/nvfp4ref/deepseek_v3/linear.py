@@ -1,0 +1,156 @@
+"""Linear layers, by the format their weight is stored in and the mode they are computed in.
+
+M tokens, K = input features, N = output features.
+
+Contract:
+    UNQUANTIZED  y = x W^T, summed in float32 (float64 for float64), rounded once to the dtype of x;
+                 the same where WEIGHT_ONLY and STORED meet a weight that is not quantised
+    WEIGHT_ONLY  the same with W dequantised and rounded to the dtype of x
+    STORED       as an engine computes it
+      NVFP4      x quantised under `engine` with the stored input scale (in float32), the product
+                 of codes and block scales exact in float64, times alpha = input scale * weight
+                 scale (rounded to float32), rounded once to the dtype of x
+      FP8 block  x in blocks of 128 along K, scale max(amax, 1e-4) / 448, its power of two above
+                 if the checkpoint's scales are powers of two, E4M3 of x / scale; the product of
+                 each block exact in float64, times both scales, summed in float64, rounded once
+    a weight without an input scale has no activations to quantise: STORED is WEIGHT_ONLY
+
+Sources: TensorRT-LLM and vLLM for alpha; DeepSeek-V3 inference/kernel.py, act_quant and fp8_gemm.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+import torch
+
+from nvfp4ref import e4m3, fp8_block, nvfp4
+from nvfp4ref.conventions import Convention
+from nvfp4ref.deepseek_v3.norm import arithmetic
+from nvfp4ref.formats import E4M3, FP8_BLOCK
+
+#: Smallest amax an FP8 activation block is scaled by. DeepSeek-V3 inference/kernel.py.
+FP8_ACTIVATION_AMAX_FLOOR = 1e-4
+
+
+class LinearMode(StrEnum):
+    """What a quantised weight means for the product."""
+
+    STORED = "stored"
+    WEIGHT_ONLY = "weight-only"
+    UNQUANTIZED = "unquantized"
+
+
+class Linear(Protocol):
+    """A weight that can be multiplied with, whatever its format."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x [M, K] times the transposed weight, [M, N] in the dtype of x."""
+        ...
+
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the weight [N, K]."""
+        ...
+
+
+def multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return x [M, K] times the transposed weight [N, K], in the dtype of x."""
+    wide = arithmetic(x.dtype)
+    return (x.to(wide) @ weight.to(wide).T).to(x.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class PlainLinear:
+    """A weight in BF16, FP16 or float32."""
+
+    weight: torch.Tensor
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x [M, K] times the transposed weight, [M, N] in the dtype of x."""
+        return multiply(x, self.weight)
+
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the weight [N, K]."""
+        return self.weight.to(dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nvfp4Linear:
+    """A weight in NVFP4; both global scales are multipliers that decode."""
+
+    packed_codes: torch.Tensor
+    block_scales: torch.Tensor
+    global_decode_scale: torch.Tensor
+    input_decode_scale: torch.Tensor | None = None
+    #: AWQ: what the input is multiplied with first, [K].
+    pre_quant_scale: torch.Tensor | None = None
+    mode: LinearMode = LinearMode.STORED
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x [M, K] times the transposed weight, [M, N] in the dtype of x."""
+        if self.pre_quant_scale is not None:
+            x = x * self.pre_quant_scale.to(x.dtype)
+        if self.mode is not LinearMode.STORED or self.input_decode_scale is None:
+            return multiply(x, self.dequantized(x.dtype))
+        a_codes, a_scales = nvfp4.quantize(
+            x.to(torch.float32), self.input_decode_scale, Convention.ENGINE
+        )
+        one = torch.ones((), dtype=torch.float32, device=x.device)
+        a = nvfp4.dequantize(a_codes, a_scales, one).double()  # codes * block scales, exact
+        b = nvfp4.dequantize(self.packed_codes, self.block_scales, one).double()
+        alpha = self.input_decode_scale * self.global_decode_scale
+        return (alpha.double() * (a @ b.T)).to(x.dtype)
+
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the weight [N, K]."""
+        return nvfp4.dequantize(
+            self.packed_codes, self.block_scales, self.global_decode_scale, dtype
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fp8BlockLinear:
+    """A weight in DeepSeek's FP8, with a scale for each tile of 128 x 128."""
+
+    weight: torch.Tensor
+    #: Multiplies, in spite of its name.
+    weight_scale_inv: torch.Tensor
+    #: Whether scales are powers of two (`scale_fmt` ue8m0), those of activations too.
+    power_of_two_scales: bool = False
+    mode: LinearMode = LinearMode.STORED
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x [M, K] times the transposed weight, [M, N] in the dtype of x."""
+        if self.mode is not LinearMode.STORED:
+            return multiply(x, self.dequantized(x.dtype))
+        a, a_scales = quantize_fp8_activations(x, self.power_of_two_scales)
+        weight = e4m3.decode(self.weight).double()
+        height, width = FP8_BLOCK.block_shape
+        scales = self.weight_scale_inv.double().repeat_interleave(height, dim=0)
+        scales = scales[: weight.shape[0]]  # (N, K / 128)
+        total = x.new_zeros(x.shape[0], weight.shape[0], dtype=torch.float64)
+        for block in range(a_scales.shape[1]):
+            columns = slice(block * width, (block + 1) * width)
+            product = a[:, columns].double() @ weight[:, columns].T  # exact: 8 bits a factor
+            total += product * a_scales[:, block, None].double() * scales[:, block]
+        return total.to(x.dtype)
+
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the weight [N, K]."""
+        return fp8_block.dequantize(self.weight, self.weight_scale_inv, dtype)
+
+
+def quantize_fp8_activations(
+    x: torch.Tensor, power_of_two_scales: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return E4M3 values as float32 [M, K] and the scale of each 128, float32 [M, ceil(K/128)]."""
+    width = FP8_BLOCK.block_shape[1]
+    features = x.shape[-1]
+    padded = torch.nn.functional.pad(x.to(torch.float32), (0, -features % width))
+    blocks = padded.unflatten(-1, (-1, width))  # (M, K / 128, 128)
+    amax = blocks.abs().amax(dim=-1).clamp(min=FP8_ACTIVATION_AMAX_FLOOR)
+    scales = amax / E4M3.max
+    if power_of_two_scales:
+        scales = torch.exp2(scales.log2().ceil())
+    values = e4m3.round_(blocks / scales.unsqueeze(-1))
+    return values.flatten(-2)[:, :features], scales
