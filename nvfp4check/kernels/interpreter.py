@@ -1,0 +1,355 @@
+"""Run a Triton kernel on CPU tensors, with the interpreter's arithmetic repaired.
+
+Contract:
+    dot_scaled       every operand and every scale decoded by its own format (an integer scale is
+                     E8M0, a float8e4nv scale is E4M3); products summed in float64, rounded to
+                     float32 once, then added to the accumulator
+    float -> E4M3    to nearest even, saturating to 448 (infinities too), NaN to 0x7F with the sign
+    E4M3 -> float    exact; 0x7F and 0xFF are NaN
+    float32 -> BF16  to nearest even; NaN stays NaN. BF16 -> float32 is exact
+    all else         as Triton's interpreter does it
+
+An interpreted kernel is never an oracle. It shows that a kernel's indexing, masks and order of
+operations are right; what the hardware's own conversions and tensor cores do, it cannot show.
+`run` decides at the launch, by the device of the tensors, so that one process can interpret a
+kernel and compile it too: TRITON_INTERPRET need not be set, and may be.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import numpy.typing as npt
+import triton
+import triton.language as tl
+from triton.runtime import interpreter as upstream
+from triton.runtime.jit import JITFunction
+
+from nvfp4ref.formats import BLOCK_SIZE, E2M1, E4M3, E8M0, ElementFormat
+
+Array = npt.NDArray[Any]
+Grid = tuple[int, ...]
+
+_ScaleFormat = upstream._ir.ScaleDotElemTypeTY
+_repaired: ContextVar[bool] = ContextVar("repaired", default=True)
+
+
+def _values(element: ElementFormat) -> Array:
+    """Return the float32 value of every code of a format, worked out from its fields."""
+    codes = np.arange(1 << element.bits)
+    field = (codes >> element.mantissa_bits) & ((1 << element.exponent_bits) - 1)
+    mantissa = codes & ((1 << element.mantissa_bits) - 1)
+    implicit = (field > 0) | (element.mantissa_bits == 0)
+    exponent = np.where(implicit, field, 1) - element.bias - element.mantissa_bits
+    significand = mantissa + np.where(implicit, 1 << element.mantissa_bits, 0)
+    values = np.ldexp(significand.astype(np.float64), exponent)
+    values[list(element.nan_codes)] = np.nan
+    signed: Array = np.where(codes & element.sign_bit, -values, values).astype(np.float32)
+    return signed
+
+
+_E2M1_VALUES = _values(E2M1)
+_E4M3_VALUES = _values(E4M3)
+_E8M0_VALUES = _values(E8M0)
+
+_WIDE_TYPES = (tl.float16, tl.bfloat16, tl.float32, tl.float64)
+
+
+def _encode_e4m3(values: Array) -> Array:
+    """Return the E4M3 byte nearest to each value, saturating."""
+    exact = values.astype(np.float64)  # float16, float32 and float64 all fit
+    magnitude = np.minimum(np.abs(exact), E4M3.max)
+    exponent = np.frexp(np.maximum(magnitude, E4M3.smallest_normal))[1] - 1
+    steps = np.rint(np.ldexp(magnitude, E4M3.mantissa_bits - exponent))  # rint: ties to even
+    byte = (exponent + E4M3.bias - 1) * (1 << E4M3.mantissa_bits) + np.nan_to_num(steps)
+    byte = np.where(np.isnan(exact), E4M3.nan_codes[0], byte)
+    encoded: Array = (byte + E4M3.sign_bit * np.signbit(exact)).astype(np.uint8)
+    return encoded
+
+
+def _float32_to_bf16(values: Array) -> Array:
+    """Return the bits of the BF16 nearest to each float32, ties to even."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    quiet = (bits >> 16) | 0x40
+    return np.where(np.isnan(values), quiet, rounded).astype(np.uint16)
+
+
+def _to_float32(values: Array, dtype: tl.dtype) -> Array:
+    """Return interpreter data of a Triton float type (BF16 and E4M3 are held as bits)."""
+    if dtype == tl.bfloat16:
+        values = (values.astype(np.uint32) << 16).view(np.float32)
+    elif dtype == tl.float8e4nv:
+        values = _E4M3_VALUES[values]
+    return values
+
+
+def _with_e4m3_casts(convert: Callable[..., Array]) -> Callable[..., Array]:
+    """Return `convert` with the conversions from and to E4M3 replaced by correct ones."""
+
+    def convert_float(
+        values: Array, source: tl.dtype, target: tl.dtype, rounding: Any = None
+    ) -> Array:
+        toward_zero = rounding == upstream._ir.ROUNDING_MODE.RTZ
+        if target == tl.float8e4nv and source in _WIDE_TYPES and not toward_zero:
+            return _encode_e4m3(_to_float32(values, source))
+        if source == tl.float8e4nv and target == tl.bfloat16:
+            return _float32_to_bf16(_E4M3_VALUES[values])
+        if source == tl.float8e4nv and target in _WIDE_TYPES:
+            exact: Array = _E4M3_VALUES[values].astype(upstream._get_np_dtype(target))
+            return exact
+        return convert(values, source, target, rounding)
+
+    return convert_float
+
+
+def _with_bf16_casts(convert: Callable[..., Array]) -> Callable[..., Array]:
+    """Return `convert` with float32 to BF16 and back replaced by correct ones."""
+
+    def convert_float(
+        values: Array, source: tl.dtype, target: tl.dtype, rounding: Any = None
+    ) -> Array:
+        toward_zero = rounding == upstream._ir.ROUNDING_MODE.RTZ
+        if source == tl.float32 and target == tl.bfloat16 and not toward_zero:
+            return _float32_to_bf16(values)
+        if source == tl.bfloat16 and target == tl.float32:
+            return _to_float32(values, source)
+        return convert(values, source, target, rounding)
+
+    return convert_float
+
+
+def _decode_operand(handle: Any, element: Any, packed_axis: int) -> Array:
+    """Return the float64 values of a `dot_scaled` operand."""
+    values: Array
+    if element == _ScaleFormat.E2M1:
+        codes = np.moveaxis(handle.data.view(np.uint8), packed_axis, -1)
+        pairs = np.stack((codes & 15, codes >> 4), axis=-1)
+        unpacked = _E2M1_VALUES[pairs].reshape(*codes.shape[:-1], -1)
+        values = np.moveaxis(unpacked, -1, packed_axis)
+    elif element == _ScaleFormat.E4M3:
+        values = _E4M3_VALUES[handle.data.view(np.uint8)]
+    elif element == _ScaleFormat.BF16:
+        values = _to_float32(handle.data.view(np.uint16), tl.bfloat16)
+    elif element == _ScaleFormat.FP16:
+        values = handle.data
+    else:
+        raise NotImplementedError(f"dot_scaled of {element} is not interpreted")
+    return values.astype(np.float64)
+
+
+def _decode_scales(handle: Any, length: int) -> Array:
+    """Return scales [outer, groups] as float64 [outer, length]."""
+    table = _E4M3_VALUES if handle.dtype.scalar == tl.float8e4nv else _E8M0_VALUES
+    scales = table[handle.data.view(np.uint8)].astype(np.float64)
+    return np.repeat(scales, length // scales.shape[-1], axis=-1)
+
+
+def _create_dot_scaled(
+    builder: Any,
+    lhs: Any,
+    lhs_scale: Any,
+    lhs_format: Any,
+    rhs: Any,
+    rhs_scale: Any,
+    rhs_format: Any,
+    fast_math: bool,
+    lhs_k_pack: bool,
+    rhs_k_pack: bool,
+    accumulator: Any,
+) -> Any:
+    """Compute what `tl.dot_scaled` means; replaces the interpreter's method."""
+    left = _decode_operand(lhs, lhs_format, -1 if lhs_k_pack else -2)
+    right = _decode_operand(rhs, rhs_format, -2 if rhs_k_pack else -1)
+    if lhs_scale is not None:
+        left = left * _decode_scales(lhs_scale, left.shape[-1])
+    if rhs_scale is not None:
+        right = right * np.swapaxes(_decode_scales(rhs_scale, right.shape[-2]), -1, -2)
+    product = (left @ right).astype(np.float32)
+    return upstream.TensorHandle(product + accumulator.data, tl.float32)
+
+
+class _FormatName(str):
+    """A format's name, also where the semantics expect it wrapped (up to 3.7)."""
+
+    @property
+    def value(self) -> str:
+        """The name."""
+        return self
+
+
+def _with_plain_format_names(dot_scaled: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the semantics of `dot_scaled` that take a format's name as a plain string."""
+
+    def named(semantics: Any, *args: Any, **kwargs: Any) -> Any:
+        args = tuple(_FormatName(arg) if isinstance(arg, str) else arg for arg in args)
+        return dot_scaled(semantics, *args, **kwargs)
+
+    return named
+
+
+@triton.jit
+def _cast_kernel(x_ptr, y_ptr, N: tl.constexpr):
+    offs = tl.arange(0, N)
+    tl.store(y_ptr + offs, tl.load(x_ptr + offs).to(y_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _dot_scaled_kernel(
+    a_ptr, a_scale_ptr, b_ptr, b_scale_ptr, out_ptr, SIZE: tl.constexpr, K: tl.constexpr
+):
+    offs = tl.arange(0, SIZE)
+    offs_k = tl.arange(0, K // 2)
+    offs_s = tl.arange(0, K // 16)
+    a = tl.load(a_ptr + offs[:, None] * (K // 2) + offs_k[None, :])
+    b = tl.load(b_ptr + offs[None, :] * (K // 2) + offs_k[:, None])
+    a_scale = tl.load(a_scale_ptr + offs[:, None] * (K // 16) + offs_s[None, :])
+    b_scale = tl.load(b_scale_ptr + offs[:, None] * (K // 16) + offs_s[None, :])
+    product = tl.dot_scaled(a, a_scale, "e2m1", b, b_scale, "e2m1")
+    tl.store(out_ptr + offs[:, None] * SIZE + offs[None, :], product)
+
+
+def _cast(values: list[float], name: str) -> list[float]:
+    """Return values cast by an interpreted kernel to a torch dtype, as floats."""
+    import torch
+
+    x = torch.tensor(values, dtype=torch.float32)
+    y = torch.empty(x.shape, dtype=getattr(torch, name))
+    run(_cast_kernel, (1,), x, y, N=len(values))
+    return [float(value) for value in y.float()]
+
+
+def _e4m3_cast_is_right() -> bool:
+    # A carry into the next binade, a float32 subnormal, a tie, saturation.
+    given = [0.030395508, 1e-40, 1.0625, 1000.0]
+    return _cast(given, "float8_e4m3fn") == [0.03125, 0.0, 1.0, 448.0]
+
+
+def _bf16_cast_is_right() -> bool:
+    # Above the midpoint, on it (to even, up and down), a carry into the next binade.
+    given = [1.0 + 2.0**-8 + 2.0**-12, 1.0 + 3 * 2.0**-8, 1.0 + 2.0**-8, 2.0 - 2.0**-12]
+    return _cast(given, "bfloat16") == [1.0078125, 1.015625, 1.0, 2.0]
+
+
+def _dot_scaled_is_right() -> bool:
+    import torch
+
+    size, length = 16, 64
+    ones = torch.full((size, length // 2), 0x22, dtype=torch.uint8)
+    scales = torch.full((size, length // BLOCK_SIZE), 1.5).to(torch.float8_e4m3fn)
+    out = torch.empty(size, size)
+    try:
+        run(_dot_scaled_kernel, (1,), ones, scales, ones, scales, out, SIZE=size, K=length)
+    except upstream.InterpreterError:
+        return False  # up to 3.7 the interpreter has no dot_scaled at all
+    return bool((out == length * 1.5 * 1.5).all())
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """An attribute of Triton, and what it becomes, given what it was (None: not there)."""
+
+    owner: object
+    attribute: str
+    wrap: Callable[[Any], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """One wrong piece of arithmetic in Triton's interpreter, and what replaces it."""
+
+    name: str
+    why: str
+    patches: tuple[Patch, ...]
+    #: Runs a small kernel: is what is installed right?
+    is_right: Callable[[], bool]
+
+
+REPAIRS = (
+    Repair(
+        name="dot_scaled",
+        why="3.6 and 3.7 have none; 3.9.0 decodes every block scale as E8M0, E4M3 ones too",
+        patches=(
+            Patch(upstream.InterpreterBuilder, "create_dot_scaled", lambda _: _create_dot_scaled),
+            Patch(upstream.TritonSemantic, "dot_scaled", _with_plain_format_names),
+        ),
+        is_right=_dot_scaled_is_right,
+    ),
+    Repair(
+        name="e4m3 cast",
+        why="3.6 to 3.9 lose the rounding carry, turn float32 subnormals into 2**-9, do not tie "
+        "to even and give NaN where the hardware saturates",
+        patches=(Patch(upstream, "_convert_float", _with_e4m3_casts),),
+        is_right=_e4m3_cast_is_right,
+    ),
+    Repair(
+        name="bf16 cast",
+        why="3.6 to 3.9 truncate float32 to BF16, where a GPU rounds to nearest even",
+        patches=(Patch(upstream, "_convert_float", _with_bf16_casts),),
+        is_right=_bf16_cast_is_right,
+    ),
+)
+
+
+@contextmanager
+def unrepaired() -> Iterator[None]:
+    """Leave Triton's interpreter as it was released, to see what it does."""
+    token = _repaired.set(False)
+    try:
+        yield
+    finally:
+        _repaired.reset(token)
+
+
+@contextmanager
+def interpretation() -> Iterator[None]:
+    """Let kernels of this process be interpreted; leave no trace behind.
+
+    A helper decorated with `triton.jit` is callable inside, whether or not TRITON_INTERPRET was
+    set when it was decorated, `tl.sum` and its kind included.
+    """
+    scopes: list[Any] = []
+    patched: set[int] = set()
+    patch_lang = upstream._patch_lang
+
+    def patch_once(fn: Callable[..., Any]) -> Any:
+        module = id(fn.__globals__)
+        if module not in patched:
+            patched.add(module)
+            scopes.append(patch_lang(fn))
+        return upstream._LangPatchScope()  # empty: the interpreter's own restore has nothing to do
+
+    def call(function: JITFunction[Any], *args: Any, **kwargs: Any) -> Any:
+        upstream._patch_lang(function.fn)
+        return upstream.InterpretedFunction(function.fn).rewrite()(*args, **kwargs)
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(upstream, "_patch_lang", patch_once))
+        stack.enter_context(mock.patch.object(JITFunction, "__call__", call))
+        if _repaired.get():
+            for patch in (patch for repair in REPAIRS for patch in repair.patches):
+                installed = patch.wrap(getattr(patch.owner, patch.attribute, None))
+                stack.enter_context(
+                    mock.patch.object(patch.owner, patch.attribute, installed, create=True)
+                )
+        stack.enter_context(np.errstate(all="ignore"))  # infinities and NaN are data here
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message="All-NaN", category=RuntimeWarning)
+        try:
+            yield
+        finally:
+            for scope in reversed(scopes):
+                scope.restore()
+
+
+def run(kernel: Any, grid: Grid, *args: Any, **kwargs: Any) -> None:
+    """Launch a kernel under the interpreter on CPU tensors, whatever TRITON_INTERPRET says."""
+    if any(extent == 0 for extent in grid):
+        return
+    with interpretation():
+        upstream.InterpretedFunction(kernel.fn)[grid](*args, **kwargs)
