@@ -99,7 +99,9 @@ class Operation:
         required = sum(not value.optional for value in self.outputs)
         if not required <= len(outputs) <= len(self.outputs):
             names = ", ".join(value.name for value in self.outputs)
-            raise WrongOutputsError(f"{self.name} returned {len(outputs)} outputs, expected {names}")
+            raise WrongOutputsError(
+                f"{self.name} returned {len(outputs)} outputs, expected {names}"
+            )
         return outputs
 
 
