@@ -1,0 +1,1 @@
+"""Checkpoints: opened, described, validated, compared."""
