@@ -100,8 +100,8 @@ def queries(
         q = weights.q_b_proj(rms_norm(compressed, weights.q_a_layernorm, config.rms_norm_eps))
     else:
         raise ValueError("attention needs q_a_proj, q_a_layernorm and q_b_proj, or q_proj")
-    q = q.unflatten(-1, (config.num_attention_heads, config.qk_head_dim))
-    q_nope, q_rope = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+    q = q.reshape(len(x), config.num_attention_heads, config.qk_head_dim)
+    q_nope, q_rope = q[..., : config.qk_nope_head_dim], q[..., config.qk_nope_head_dim :]
     return q_nope, rope(q_rope, positions, config.rotary)
 
 
@@ -110,7 +110,7 @@ def latents(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the normed latent [T, C] and the rotated key [T, R] that all heads share."""
     both = weights.kv_a_proj_with_mqa(x)
-    latent, k_rope = both.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+    latent, k_rope = both[:, : config.kv_lora_rank], both[:, config.kv_lora_rank :]
     latent = rms_norm(latent, weights.kv_a_layernorm, config.rms_norm_eps)
     return latent, rope(k_rope.unsqueeze(1), positions, config.rotary).squeeze(1)
 
@@ -125,8 +125,9 @@ def direct(
 ) -> torch.Tensor:
     """Return the heads' outputs [T, H, V] of the last T of the S tokens in latent and k_rope."""
     heads = config.num_attention_heads
-    unfolded = kv_b_proj(latent).unflatten(-1, (heads, -1))  # (S, H, N + V)
-    k_nope, v = unfolded.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
+    unfolded = kv_b_proj(latent).reshape(len(latent), heads, -1)  # (S, H, N + V)
+    k_nope = unfolded[..., : config.qk_nope_head_dim]
+    v = unfolded[..., config.qk_nope_head_dim :]
     k = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, heads, -1)), dim=-1)  # (S, H, N + R)
     q = torch.cat((q_nope, q_rope), dim=-1)  # (T, H, N + R)
     wide = arithmetic(q.dtype)
@@ -145,8 +146,8 @@ def absorbed(
     """Return what `direct` returns, with keys and values left in the latent space."""
     wide = arithmetic(q_nope.dtype)
     halves = kv_b_proj.dequantized(q_nope.dtype).to(wide)
-    halves = halves.unflatten(0, (config.num_attention_heads, -1))  # (H, N + V, C)
-    w_k, w_v = halves.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
+    halves = halves.reshape(config.num_attention_heads, -1, config.kv_lora_rank)  # (H, N + V, C)
+    w_k, w_v = halves[:, : config.qk_nope_head_dim], halves[:, config.qk_nope_head_dim :]
     q_latent = torch.einsum("thn,hnc->thc", q_nope.to(wide), w_k)
     q = torch.cat((q_latent, q_rope.to(wide)), dim=-1)  # (T, H, C + R)
     k = torch.cat((latent, k_rope), dim=-1).to(wide).unsqueeze(1)  # (S, 1, C + R)

@@ -185,7 +185,7 @@ class DeepseekV3Config:
     def softmax_scale(self) -> float:
         """What attention scores are multiplied with before the softmax."""
         scaling = self.rotary.rope_scaling
-        return self.qk_head_dim**-0.5 * (1.0 if scaling is None else scaling.softmax_factor)
+        return float(self.qk_head_dim**-0.5 * (1.0 if scaling is None else scaling.softmax_factor))
 
     def is_moe(self, layer: int) -> bool:
         """Whether this layer has experts; the MTP layers all have."""

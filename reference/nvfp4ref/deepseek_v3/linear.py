@@ -24,7 +24,7 @@ from typing import Protocol
 
 import torch
 
-from nvfp4ref import e4m3, fp8_block, nvfp4
+from nvfp4ref import e4m3, fp8_block, matmul, nvfp4
 from nvfp4ref.conventions import Convention
 from nvfp4ref.deepseek_v3.norm import arithmetic
 from nvfp4ref.formats import E4M3, FP8_BLOCK
@@ -95,11 +95,9 @@ class Nvfp4Linear:
         a_codes, a_scales = nvfp4.quantize(
             x.to(torch.float32), self.input_decode_scale, Convention.ENGINE
         )
-        one = torch.ones((), dtype=torch.float32, device=x.device)
-        a = nvfp4.dequantize(a_codes, a_scales, one).double()  # codes * block scales, exact
-        b = nvfp4.dequantize(self.packed_codes, self.block_scales, one).double()
+        product = matmul.exact(a_codes, a_scales, self.packed_codes, self.block_scales).value
         alpha = self.input_decode_scale * self.global_decode_scale
-        return (alpha.double() * (a @ b.T)).to(x.dtype)
+        return (alpha.double() * product).to(x.dtype)
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the weight [N, K]."""
@@ -147,7 +145,7 @@ def quantize_fp8_activations(
     width = FP8_BLOCK.block_shape[1]
     features = x.shape[-1]
     padded = torch.nn.functional.pad(x.to(torch.float32), (0, -features % width))
-    blocks = padded.unflatten(-1, (-1, width))  # (M, K / 128, 128)
+    blocks = padded.reshape(len(x), -1, width)  # (M, K / 128, 128)
     amax = blocks.abs().amax(dim=-1).clamp(min=FP8_ACTIVATION_AMAX_FLOOR)
     scales = amax / E4M3.max
     if power_of_two_scales:

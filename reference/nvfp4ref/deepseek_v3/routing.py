@@ -42,7 +42,7 @@ def choose(scores: torch.Tensor, n_group: int, topk_group: int, top_k: int) -> t
     if not 1 <= top_k <= topk_group * size or (n_group > 1 and size < 2):
         raise ValueError(f"{top_k} experts a token from {topk_group} groups of {size}")
     if n_group > 1:
-        grouped = scores.unflatten(-1, (n_group, size))  # (T, n_group, E / n_group)
+        grouped = scores.reshape(-1, n_group, size)  # (T, n_group, E / n_group)
         group_scores = grouped.topk(2, dim=-1).values.sum(dim=-1)
         open_groups = torch.zeros_like(group_scores, dtype=torch.bool)
         open_groups.scatter_(-1, _top(group_scores, topk_group), True)
