@@ -86,7 +86,7 @@ def estimate(prompts: list[torch.Tensor], seed: int = 0) -> Estimate:
 
 def _length(prompts: list[torch.Tensor]) -> int:
     longest = max((prompt.numel() for prompt in prompts), default=1)
-    return max(1, math.ceil(longest ** (1 / 3)))
+    return max(1, math.ceil(math.cbrt(longest)))
 
 
 def _segments(prompt: torch.Tensor, length: int) -> list[torch.Tensor]:
