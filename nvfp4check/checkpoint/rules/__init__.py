@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable
 
+from nvfp4check.checkpoint.rules import metadata, serving, storage
 from nvfp4check.checkpoint.rules.base import Rule
 from nvfp4check.findings import CheckError
 
 #: The rules of each group, in the order of their ids.
-_GROUPS: tuple[tuple[Rule, ...], ...] = ()
+_GROUPS: tuple[tuple[Rule, ...], ...] = (storage.RULES, metadata.RULES, serving.RULES)
 
 #: Every rule by its id.
 RULES: dict[str, Rule] = {rule.id: rule for group in _GROUPS for rule in group}

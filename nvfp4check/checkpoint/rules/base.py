@@ -74,13 +74,15 @@ class Problem:
 class RuleContext:
     """What the rules look at.
 
-    `expected` is None when no map of expected tensors exists for the architecture. `scans` holds
-    what the byte pass counted, by logical weight name; it is empty at level headers and partial
-    in a sampled run. `tp` is the number of tensor parallel shards to check for, or None.
+    `expected` is None when no map of expected tensors exists for the architecture, and
+    `why_nothing_is_expected` says so. `scans` holds what the byte pass counted, by logical weight
+    name; it is empty at level headers and partial in a sampled run. `tp` is the number of tensor
+    parallel shards to check for, or None.
     """
 
     checkpoint: "Checkpoint"
     expected: "Mapping[str, ExpectedTensor] | None" = None
+    why_nothing_is_expected: str = ""
     scans: "Mapping[str, WeightScan]" = field(default_factory=dict)
     level: RuleLevel = RuleLevel.HEADERS
     tp: int | None = None
