@@ -1,0 +1,79 @@
+"""How a command's module is written.
+
+A module makes an `app` and puts its function, or its several functions, in it:
+
+    app = make_app()
+
+    @command(app, examples=("nvfp4check validate ./model",))
+    def validate(checkpoint: CheckpointArgument, ...) -> int:
+        ...
+        return ExitCode.HOLDS
+
+A function returns its exit code and raises `CheckError` for what cannot be checked; its docstring
+is the help. Heavy imports (torch, the checkpoint package) stand inside the function, so that
+`--help` and completion stay quick. An app with several commands says
+`make_app(group="what they are for")`.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import NoReturn, ParamSpec
+
+import typer
+
+P = ParamSpec("P")
+
+
+class Ending(Exception):  # noqa: N818  it is no error
+    """A command has ended with this exit code.
+
+    It is not typer's own `Exit`, so that an exit code 1 is always a command's own word and never
+    that of the library around it.
+    """
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def make_app(group: str | None = None) -> typer.Typer:
+    """Return a Typer app with the defaults of this command line.
+
+    With `group`, the app holds subcommands even when there is only one, and `group` is its help.
+    """
+    app = typer.Typer(
+        rich_markup_mode=None,  # plain help: quick, narrow, and the same in a log
+        add_completion=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    if group is not None:
+
+        @app.callback(help=group, no_args_is_help=True)
+        def hold_subcommands() -> None:
+            pass
+
+    return app
+
+
+def command(
+    app: typer.Typer, *, examples: Sequence[str], name: str | None = None
+) -> Callable[[Callable[P, int]], Callable[P, int]]:
+    """Put the function below into the app; what it returns becomes the exit code.
+
+    `examples` are whole command lines; they end the help.
+    """
+
+    def put(function: Callable[P, int]) -> Callable[P, int]:
+        @wraps(function)
+        def end(*args: P.args, **kwargs: P.kwargs) -> NoReturn:
+            raise Ending(int(function(*args, **kwargs)))
+
+        app.command(name, epilog=_epilog(examples))(end)
+        return function
+
+    return put
+
+
+def _epilog(examples: Sequence[str]) -> str:
+    lines = ["\b", "Examples:", *(f"  {example}" for example in examples)]
+    return "\n".join(lines)

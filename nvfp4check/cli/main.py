@@ -1,0 +1,114 @@
+"""The entry point: find the command, run it, and turn whatever happens into an exit code."""
+
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+import typer.core
+import typer.main
+
+import nvfp4check
+from nvfp4check.cli.command import Ending
+from nvfp4check.cli.exit_codes import ExitCode
+from nvfp4check.cli.table import COMMANDS, Entry
+from nvfp4check.findings import CheckError
+
+PROGRAM = "nvfp4check"
+
+
+class LazyCommand(typer.core.TyperCommand):
+    """A command known by its line of help alone, until it is called.
+
+    Its context is the real command's context, so parsing, help and completion are the real ones.
+    """
+
+    def __init__(self, name: str, entry: Entry) -> None:
+        super().__init__(name, help=entry.help)
+        self._module = entry.module
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        """Import the command's module and hand over to the command in it."""
+        app: typer.Typer = importlib.import_module(self._module).app
+        real = typer.main.get_command(app)
+        real.name = self.name
+        return real.make_context(*args, **kwargs)
+
+
+def make_root() -> typer.core.TyperGroup:
+    """Return the root command, with a lazy command for each line of the table."""
+    app = typer.Typer(
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        epilog=(
+            "\b\n"
+            "Exit codes:\n"
+            "  0  checked, and it holds\n"
+            "  1  checked, and it does not: findings, differences, a failed property\n"
+            "  2  could not be checked: bad usage, unreadable input, missing dependency\n"
+            "  3  undecided: too little data to tell\n"
+            "\n\b\n"
+            "Examples:\n"
+            "  nvfp4check validate ./model\n"
+            "  nvfp4check rules NV602\n"
+        ),
+    )
+
+    @app.callback(no_args_is_help=True)
+    def nvfp4check_(
+        version: Annotated[
+            bool,
+            typer.Option("--version", help="Show the version and exit.", callback=_show_version),
+        ] = False,
+    ) -> None:
+        """Is this FP4 model computed, stored and served as it should be?"""
+
+    root = typer.main.get_command(app)
+    if not isinstance(root, typer.core.TyperGroup):
+        raise TypeError(f"typer made a {type(root).__name__} of an app with a callback")
+    for name, entry in COMMANDS.items():
+        root.add_command(LazyCommand(name, entry))
+    return root
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"{PROGRAM} {nvfp4check.__version__}")
+        raise typer.Exit(ExitCode.HOLDS)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code.
+
+    Arguments default to the process's own. Every exception ends here: what a user can act on
+    becomes one message, and what is a bug of this program becomes a traceback with the exit code
+    of "could not be checked", because "checked, and it does not hold" would be a lie.
+    """
+    try:
+        make_root().main(args=None if argv is None else list(argv), prog_name=PROGRAM)
+    except Ending as ending:
+        return ending.code
+    except SystemExit as ending:  # help, version, completion, bad usage, Ctrl-C
+        if ending.code in (None, ExitCode.HOLDS):
+            return ExitCode.HOLDS
+        if ending.code == ExitCode.INTERRUPTED:
+            return _interrupted()
+    except CheckError as error:
+        print(f"nvfp4check: error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        return _interrupted()
+    except Exception:  # the boundary of the program: see above
+        traceback.print_exc()
+        print(
+            "nvfp4check: internal error: this is a bug in nvfp4check and says nothing about the "
+            "input. Please report it with the lines above and the command line.",
+            file=sys.stderr,
+        )
+    return ExitCode.COULD_NOT_CHECK
+
+
+def _interrupted() -> int:
+    print("\nnvfp4check: interrupted", file=sys.stderr)
+    return ExitCode.INTERRUPTED

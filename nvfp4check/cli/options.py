@@ -1,0 +1,138 @@
+"""Arguments and options that several commands share, and the file or stream a result goes to."""
+
+import os
+import sys
+import tempfile
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nvfp4check.findings import CheckError
+from nvfp4check.report.formats import Format, format_of
+
+CheckpointArgument = Annotated[
+    str, typer.Argument(metavar="CKPT", help="A checkpoint: a local directory.", show_default=False)
+]
+
+OutputOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="Write the result to FILE, whole or not at all, instead of stdout.",
+        show_default=False,
+    ),
+]
+
+FindingsFormatOption = Annotated[
+    Format | None,
+    typer.Option(
+        "--format",
+        help="How to write the result. [default: by the suffix of --output, else text]",
+        case_sensitive=False,
+        show_default=False,
+    ),
+]
+
+
+class PlainFormat(StrEnum):
+    """The formats of a command whose result is no list of findings."""
+
+    TEXT = "text"
+    JSON = "json"
+    MARKDOWN = "markdown"
+    HTML = "html"
+
+
+PlainFormatOption = Annotated[
+    PlainFormat | None,
+    typer.Option(
+        "--format",
+        help="How to write the result. [default: by the suffix of --output, else text]",
+        case_sensitive=False,
+        show_default=False,
+    ),
+]
+
+
+def chosen_format(asked: StrEnum | None, output: Path | None) -> Format:
+    """Return the format to write: the one asked for, else the one the file's name says."""
+    return format_of(output) if asked is None else Format(asked.value)
+
+
+def wants_color(output: Path | None) -> bool:
+    """Tell whether text may be coloured: on a terminal, unless NO_COLOR or TERM=dumb say no."""
+    plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+    return output is None and sys.stdout.isatty() and not plain
+
+
+def split_ids(values: list[str] | None) -> tuple[str, ...]:
+    """Return the ids of a repeatable option that also takes several ids with commas between."""
+    parts = (part.strip().upper() for value in values or () for part in value.split(","))
+    return tuple(part for part in parts if part)
+
+
+def write(text: str, output: Path | None) -> None:
+    """Write a result to a file, atomically, or to stdout.
+
+    A reader of stdout that goes away, as `head` does, changes nothing about the exit code.
+
+    Raises:
+        CheckError: The file cannot be written.
+    """
+    if output is None:
+        _write_stdout(text)
+        return
+    try:
+        _write_file(text, output)
+    except OSError as error:
+        raise CheckError(
+            f"cannot write {output}: {error.strerror}; give --output a path in a directory that "
+            f"exists and can be written"
+        ) from error
+
+
+def _write_stdout(text: str) -> None:
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more as it exits, and must find a place for it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except UnicodeEncodeError:
+        encoding = sys.stdout.encoding
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        sys.stdout.flush()
+
+
+def _write_file(text: str, output: Path) -> None:
+    if output.is_dir():
+        raise IsADirectoryError(21, "it is a directory")
+    # A device or a pipe cannot be replaced by a rename, and needs none.
+    if output.exists() and not output.is_file():
+        output.write_text(text, encoding="utf-8")
+        return
+    target = output.resolve()  # through a link, the file it leads to is replaced and the link kept
+    mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}.", delete=False
+    ) as stream:
+        try:
+            stream.write(text)
+            stream.flush()
+            os.fchmod(stream.fileno(), mode)
+            os.fsync(stream.fileno())
+            os.replace(stream.name, target)
+        except BaseException:
+            os.unlink(stream.name)
+            raise
+
+
+def _umask() -> int:
+    """Return the process's umask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

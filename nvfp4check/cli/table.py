@@ -1,0 +1,19 @@
+"""The table of commands: the one place that knows which commands exist.
+
+A line is `name: Entry(module, one line of help)`. The module is imported when its command is
+called and not before, so that `nvfp4check --help` costs no more than this table.
+"""
+
+from typing import NamedTuple
+
+
+class Entry(NamedTuple):
+    """Where a command lives, and its line in the list of commands."""
+
+    module: str
+    help: str
+
+
+COMMANDS: dict[str, Entry] = {
+    "rules": Entry("nvfp4check.cli.rules", "What each rule of validate checks, and the repair."),
+}

@@ -1,0 +1,127 @@
+"""Choose the renderer for a document and a format.
+
+A document says its kind in its `schema`: `nvfp4check/<kind>/<version>`. To give a new kind of
+result its outputs, write its renderers here in `report/` and add them to the table.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nvfp4check.findings import CheckError
+from nvfp4check.report.formats import Format
+from nvfp4check.report.histograms import Plot
+
+Document = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """What a renderer may use beside the document itself.
+
+    `rules` are the explained rules by id; `weights` gives the format of each logical weight by
+    name; `histograms` show what they hold. `fail_on` is the severity from which a finding fails
+    the run.
+    """
+
+    color: bool = False
+    rules: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    weights: Mapping[str, str] = field(default_factory=dict)
+    histograms: Sequence[Plot] = ()
+    fail_on: str = "error"
+
+
+Renderer = Callable[[Document, Extras], str]
+
+
+def render(document: Document, format: Format, extras: Extras | None = None) -> str:
+    """Return the document in the format.
+
+    Raises:
+        CheckError: The document is of a kind, or the format one, that has no renderer.
+    """
+    if format is Format.JSON:
+        return json.dumps(document, indent=2, allow_nan=False) + "\n"
+    kind = kind_of_document(document)
+    renderer = _RENDERERS.get((kind, format))
+    if renderer is None:
+        choices = [Format.JSON, *(f for k, f in _RENDERERS if k == kind)]
+        raise CheckError(
+            f"a result of kind {kind!r} cannot be written as {format.value}; "
+            f"choose among {', '.join(choice.value for choice in choices)}"
+        )
+    return renderer(document, extras or Extras())
+
+
+def kind_of_document(document: Document) -> str:
+    """Return the kind that a document's schema names: `validate` of `nvfp4check/validate/1`.
+
+    Raises:
+        CheckError: It has no schema of this tool.
+    """
+    parts = str(document.get("schema")).split("/")
+    if len(parts) != 3 or parts[0] != "nvfp4check":
+        raise CheckError(
+            f"schema {document.get('schema')!r} is none of nvfp4check's; expected a document that "
+            f"a command wrote with --format json"
+        )
+    return parts[1]
+
+
+# Each renderer's module is imported when it is used: a run that writes text loads no jinja2.
+
+
+def _validate_text(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.validate_text import validate_text
+
+    return validate_text(document, color=extras.color)
+
+
+def _validate_markdown(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.validate_markdown import validate_markdown
+
+    return validate_markdown(document)
+
+
+def _validate_junit(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.junit import junit
+
+    return junit(document, fail_on=extras.fail_on)
+
+
+def _validate_sarif(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.sarif import sarif
+
+    return sarif(document, rules=extras.rules)
+
+
+def _validate_html(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.validate_html import validate_html
+
+    return validate_html(
+        document, rules=extras.rules, weights=extras.weights, histograms=extras.histograms
+    )
+
+
+def _rules_text(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.rules_text import rules_text
+
+    return rules_text(document)
+
+
+def _rules_markdown(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.rules_text import rules_markdown
+
+    return rules_markdown(document)
+
+
+_RENDERERS: dict[tuple[str, Format], Renderer] = {
+    ("validate", Format.TEXT): _validate_text,
+    ("validate", Format.MARKDOWN): _validate_markdown,
+    ("validate", Format.HTML): _validate_html,
+    ("validate", Format.JUNIT): _validate_junit,
+    ("validate", Format.SARIF): _validate_sarif,
+    ("rules", Format.TEXT): _rules_text,
+    ("rules", Format.MARKDOWN): _rules_markdown,
+}

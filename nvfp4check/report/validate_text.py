@@ -1,0 +1,113 @@
+"""A validation for a terminal or a log: the verdict first, then why, then what was covered."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tabulate import tabulate
+
+from nvfp4check.report.fold import (
+    FindingRecord,
+    Fold,
+    count_by_severity,
+    findings_text,
+    fold,
+    place,
+    plural,
+    size_text,
+)
+from nvfp4check.report.visible import value_text, visible
+
+#: How many findings of one fold are written out before `… and N more`.
+SHOWN_PER_FOLD = 2
+
+#: How many skipped things are written out before `… and N more`.
+SHOWN_SKIPPED = 10
+
+_COLORS = {"pass": "32", "fail": "31", "incomplete": "33"}
+_COLORS |= {"error": "31", "warning": "33", "info": "36", "dim": "2"}
+
+
+def validate_text(document: Mapping[str, Any], *, color: bool = False) -> str:
+    """Return the report of one validation as plain text, with ANSI colours if asked."""
+    return "\n".join(_lines(document, color)) + "\n"
+
+
+def _lines(document: Mapping[str, Any], color: bool) -> Iterator[str]:
+    findings = document["findings"]
+    verdict = document["verdict"]
+    checkpoint = document["checkpoint"]
+    yield _paint(
+        f"{verdict.upper()}: {findings_text(count_by_severity(findings))} in "
+        f"{visible(checkpoint['location'])}",
+        verdict,
+        color,
+    )
+    yield from _about(checkpoint)
+    for group in fold(findings):
+        yield ""
+        yield from _fold_lines(group, color)
+    yield ""
+    yield from _coverage(document)
+    if findings:
+        rule = findings[0]["rule"]
+        yield ""
+        yield f"What a rule means and how to repair it: nvfp4check rules {rule}"
+
+
+def _about(checkpoint: Mapping[str, Any]) -> Iterator[str]:
+    known = (checkpoint.get("architecture"), checkpoint.get("producer"))
+    said = [visible(part) for part in known if part]
+    yield ", ".join([*said, size_text(checkpoint["bytes"])])
+    formats = checkpoint["formats"]
+    if formats:
+        yield ""
+        rows = [[visible(name), f"{count:,}"] for name, count in formats.items()]
+        yield tabulate(
+            rows,
+            headers=["weights stored as", "count"],
+            disable_numparse=True,
+            colalign=("left", "right"),
+        )
+
+
+def _fold_lines(group: Fold, color: bool) -> Iterator[str]:
+    head = f"{group.severity} {group.rule} {group.name}"
+    total = len(group.findings)
+    yield _paint(head, group.severity, color) + (f" ({total:,} findings)" if total > 1 else "")
+    for finding in group.findings[:SHOWN_PER_FOLD]:
+        yield from _finding_lines(finding)
+    if total > SHOWN_PER_FOLD:
+        of = f" of {visible(group.kind, 100)}" if group.kind else ""
+        yield f"  … and {total - SHOWN_PER_FOLD:,} more{of}"
+
+
+def _finding_lines(finding: FindingRecord) -> Iterator[str]:
+    yield f"  {visible(finding['message'])}"
+    where = place(finding)
+    if where:
+        yield f"    at: {where}"
+    for label in ("observed", "expected"):
+        if finding.get(label) is not None:
+            yield f"    {label}: {value_text(finding[label])}"
+
+
+def _coverage(document: Mapping[str, Any]) -> Iterator[str]:
+    coverage = document["coverage"]
+    yield (
+        f"Checked {coverage['tensors_checked']:,} of {plural(coverage['tensors'], 'tensor')}, "
+        f"{size_text(coverage['bytes_checked'])} of their data, by "
+        f"{plural(len(coverage['rules']), 'rule')}, in {document['seconds']:.1f} s."
+    )
+    skipped = coverage["skipped"]
+    if not skipped:
+        yield "Nothing was skipped."
+        return
+    yield f"Skipped {plural(len(skipped), 'thing')}:"
+    for entry in skipped[:SHOWN_SKIPPED]:
+        yield f"  {visible(entry['what'])}: {visible(entry['why'])}"
+    if len(skipped) > SHOWN_SKIPPED:
+        yield f"  … and {len(skipped) - SHOWN_SKIPPED:,} more"
+
+
+def _paint(text: str, tone: str, color: bool) -> str:
+    return f"\x1b[{_COLORS[tone]}m{text}\x1b[0m" if color else text

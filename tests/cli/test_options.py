@@ -1,0 +1,146 @@
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nvfp4check.cli.options import chosen_format, split_ids, wants_color, write
+from nvfp4check.findings import CheckError
+from nvfp4check.report.formats import Format
+
+
+def test_a_file_is_written_whole_with_the_usual_mode(tmp_path: Path) -> None:
+    target = tmp_path / "report.json"
+    mask = os.umask(0o022)
+    try:
+        write("é\n", target)
+    finally:
+        os.umask(mask)
+    assert target.read_text(encoding="utf-8") == "é\n"
+    assert stat.S_IMODE(target.stat().st_mode) == 0o644
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_file_that_exists_is_replaced_and_keeps_its_mode(tmp_path: Path) -> None:
+    target = tmp_path / "report.json"
+    target.write_text("old")
+    target.chmod(0o600)
+    write("new", target)
+    assert target.read_text() == "new"
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "report.json"
+    target.write_text("old")
+
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(CheckError, match="No space left on device"):
+        write("new", target)
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_link_is_kept_and_the_file_behind_it_replaced(tmp_path: Path) -> None:
+    target, link = tmp_path / "real.json", tmp_path / "link.json"
+    target.write_text("old")
+    link.symlink_to(target)
+    write("new", link)
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+
+
+def test_a_device_is_written_to_and_not_replaced() -> None:
+    write("text", Path(os.devnull))
+    assert stat.S_ISCHR(Path(os.devnull).stat().st_mode)
+
+
+@pytest.mark.parametrize("path", ["no/such/directory/report.json", "."])
+def test_a_path_that_cannot_be_written_is_refused_with_advice(tmp_path: Path, path: str) -> None:
+    with pytest.raises(CheckError, match="give --output a path"):
+        write("text", tmp_path / path)
+
+
+def test_a_reader_that_goes_away_changes_nothing_about_the_exit_code() -> None:
+    code = (
+        "import sys; from pathlib import Path; from nvfp4check.cli.options import write;"
+        "write('x' * 10_000_000, None); sys.exit(1)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(10)
+    process.stdout.close()
+    complaint = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 1
+    assert complaint == b""
+
+
+def test_a_stream_that_cannot_say_a_character_gets_its_escape() -> None:
+    finished = subprocess.run(
+        [sys.executable, "-c", "from nvfp4check.cli.options import write; write('a…', None)"],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        check=True,
+    )
+    assert finished.stdout == b"a\\u2026"
+
+
+@pytest.mark.parametrize(
+    ("asked", "output", "expected"),
+    [
+        (None, None, Format.TEXT),
+        (None, "r.json", Format.JSON),
+        (None, "r.md", Format.MARKDOWN),
+        (None, "R.HTML", Format.HTML),
+        (None, "r.xml", Format.JUNIT),
+        (None, "r.sarif", Format.SARIF),
+        (None, "r.txt", Format.TEXT),
+        (Format.JSON, "r.html", Format.JSON),
+    ],
+)
+def test_the_format_is_the_one_asked_for_else_the_suffix(
+    asked: Format | None, output: str | None, expected: Format
+) -> None:
+    assert chosen_format(asked, Path(output) if output else None) is expected
+
+
+def test_ids_may_be_repeated_or_joined_by_commas() -> None:
+    assert split_ids(["nv2, NV602", "NV1"]) == ("NV2", "NV602", "NV1")
+    assert split_ids(None) == ()
+
+
+@pytest.mark.parametrize(
+    ("environment", "terminal", "output", "expected"),
+    [
+        ({}, True, None, True),
+        ({}, False, None, False),
+        ({}, True, Path("file"), False),
+        ({"NO_COLOR": "1"}, True, None, False),
+        ({"NO_COLOR": ""}, True, None, True),
+        ({"TERM": "dumb"}, True, None, False),
+    ],
+)
+def test_colour_needs_a_terminal_and_no_objection(
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    terminal: bool,
+    output: Path | None,
+    expected: bool,
+) -> None:
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    assert wants_color(output) is expected
