@@ -3,9 +3,12 @@
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parents[1]
 
 #: Slow to import, and none of them needed to print help or to load a plugin.
 HEAVY = ("torch", "triton", "numpy", "safetensors", "hypothesis", "jinja2", "matplotlib")
@@ -71,3 +74,16 @@ def test_the_pytest_plugin_imports_nothing_heavy(tmp_path: Path) -> None:
 
 def test_the_proof_about_the_plugin_sees_a_heavy_import(tmp_path: Path) -> None:
     assert "torch" in collect_with_plugin(tmp_path, "import torch")
+
+
+def test_every_module_has_its_place_in_the_direction_of_imports() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    contracts = settings["tool"]["importlinter"]["contracts"]
+    (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
+    placed = {name.strip(" ()") for layer in layers for name in layer.split(":")}
+    present = {
+        f"nvfp4check.{path.stem}"
+        for path in (ROOT / "nvfp4check").iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert present - placed == {"nvfp4check.__init__", "nvfp4check.__main__"}
