@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 import nvfp4check
 from nvfp4check.report.fold import place, plural, size_text
@@ -36,8 +36,16 @@ def _environment() -> Environment:
     environment.filters["plural"] = plural
     environment.filters["value"] = value_text
     environment.filters["count"] = lambda number: f"{number:,}"
-    environment.tests["web_address"] = lambda url: str(url).startswith("https://")
+    environment.globals["web_link"] = _web_link
     return environment
+
+
+def _web_link(url: object) -> Markup:
+    """Return a link to a web address, and the plain text of whatever else claims to be one."""
+    shown = visible(url)
+    if not shown.startswith("https://"):
+        return escape(shown)
+    return Markup('<a href="{0}" rel="noreferrer">{0}</a>').format(shown)
 
 
 def _finalize(value: object) -> object:

@@ -116,6 +116,12 @@ def _rules_markdown(document: Document, extras: Extras) -> str:
     return rules_markdown(document)
 
 
+def _rules_html(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.page import render_page
+
+    return render_page("rules.html.j2", document=document)
+
+
 _RENDERERS: dict[tuple[str, Format], Renderer] = {
     ("validate", Format.TEXT): _validate_text,
     ("validate", Format.MARKDOWN): _validate_markdown,
@@ -124,4 +130,5 @@ _RENDERERS: dict[tuple[str, Format], Renderer] = {
     ("validate", Format.SARIF): _validate_sarif,
     ("rules", Format.TEXT): _rules_text,
     ("rules", Format.MARKDOWN): _rules_markdown,
+    ("rules", Format.HTML): _rules_html,
 }

@@ -1,3 +1,4 @@
+import html
 import json
 from collections.abc import Callable
 from typing import Any
@@ -60,3 +61,11 @@ def test_a_list_of_rules_is_no_junit_report(run: Run) -> None:
     ran = run("rules", "--format", "junit")
     assert ran.code == 2
     assert "'text', 'json', 'markdown', 'html'" in ran.err
+
+
+def test_the_page_holds_every_rule_with_links_to_its_incidents(run: Run) -> None:
+    page = run("rules", "--format", "html").out
+    for rule in RULES.values():
+        assert f'id="{rule.id}"' in page
+        for url in rule.incidents:
+            assert f'href="{html.escape(url)}"' in page

@@ -145,7 +145,7 @@ def test_a_validation_can_be_written_in_every_format(
 
 def test_a_format_that_a_kind_does_not_have_is_refused_with_the_choices() -> None:
     document = {"schema": "nvfp4check/rules/1"}
-    with pytest.raises(CheckError, match=r"choose among json, text, markdown"):
+    with pytest.raises(CheckError, match=r"choose among json, text, markdown, html"):
         render(document, Format.SARIF)
 
 
