@@ -202,7 +202,7 @@ def dequantize(
             f"found {tuple(block_scales.shape)}"
         )
     scales = e4m3.decode(block_scales) * global_decode_scale.float()  # (M, C)
-    blocks = e2m1.decode(codes).unflatten(-1, (-1, BLOCK_SIZE))  # (M, C, 16)
+    blocks = e2m1.decode(codes).view(*expected, BLOCK_SIZE)  # (M, C, 16)
     return (blocks * scales.unsqueeze(-1)).flatten(-2).to(dtype)
 
 
@@ -211,7 +211,7 @@ def _blocks(x: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"NVFP4 takes float32, bfloat16 or float16, found {x.dtype}")
     if x.shape[-1] % BLOCK_SIZE:
         raise ValueError(f"K must be a multiple of {BLOCK_SIZE}, found {x.shape[-1]}")
-    return x.unflatten(-1, (x.shape[-1] // BLOCK_SIZE, BLOCK_SIZE))
+    return x.reshape(*x.shape[:-1], x.shape[-1] // BLOCK_SIZE, BLOCK_SIZE)
 
 
 def _block_amax(x: torch.Tensor, nan_elements: NaNElements) -> torch.Tensor:

@@ -1,0 +1,46 @@
+"""`python -m nvfp4check.bench NAME [options]`: find the module of a measurement and run it.
+
+A module of the table has `main(argv) -> int`, and is imported only when it is named.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+#: Name to (module, one line of help).
+BENCHES: dict[str, tuple[str, str]] = {
+    "exhaustive": (
+        "nvfp4check.bench.exhaustive",
+        "all 2**32 float32 values through E2M1 and E4M3, against independent casts",
+    ),
+}
+
+
+def usage() -> str:
+    """Return the list of measurements."""
+    width = max(len(name) for name in BENCHES)
+    lines = [f"  {name:{width}}  {text}" for name, (_, text) in BENCHES.items()]
+    return "\n".join(
+        [
+            "usage: python -m nvfp4check.bench NAME [options]",
+            "",
+            *lines,
+            "",
+            "example: python -m nvfp4check.bench exhaustive --stride 4097",
+        ]
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the measurement that the first argument names, and return its exit code."""
+    if not argv or argv[0] not in BENCHES:
+        asked_for_help = bool(argv) and argv[0] in ("-h", "--help")
+        print(usage(), file=sys.stdout if asked_for_help else sys.stderr)
+        return 0 if asked_for_help else 2
+    module, _ = BENCHES[argv[0]]
+    exit_code: int = importlib.import_module(module).main(argv[1:])
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
