@@ -122,16 +122,8 @@ class Fp8BlockLinear:
         if self.mode is not LinearMode.STORED:
             return multiply(x, self.dequantized(x.dtype))
         a, a_scales = quantize_fp8_activations(x, self.power_of_two_scales)
-        weight = e4m3.decode(self.weight).double()
-        height, width = FP8_BLOCK.block_shape
-        scales = self.weight_scale_inv.double().repeat_interleave(height, dim=0)
-        scales = scales[: weight.shape[0]]  # (N, K / 128)
-        total = x.new_zeros(x.shape[0], weight.shape[0], dtype=torch.float64)
-        for block in range(a_scales.shape[1]):
-            columns = slice(block * width, (block + 1) * width)
-            product = a[:, columns].double() @ weight[:, columns].T  # exact: 8 bits a factor
-            total += product * a_scales[:, block, None].double() * scales[:, block]
-        return total.to(x.dtype)
+        weight = e4m3.decode(self.weight)
+        return fp8_block_product(a, a_scales, weight, self.weight_scale_inv).to(x.dtype)
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the weight [N, K]."""
@@ -152,3 +144,21 @@ def quantize_fp8_activations(
         scales = torch.exp2(scales.log2().ceil())
     values = e4m3.round_(blocks / scales.unsqueeze(-1))
     return values.flatten(-2)[:, :features], scales
+
+
+def fp8_block_product(
+    a: torch.Tensor, a_scales: torch.Tensor, weight: torch.Tensor, weight_scale_inv: torch.Tensor
+) -> torch.Tensor:
+    """Return the product in float64 [M, N] of E4M3 values a [M, K] and weight [N, K].
+
+    a_scales is [M, ceil(K/128)], weight_scale_inv [ceil(N/128), ceil(K/128)].
+    """
+    height, width = FP8_BLOCK.block_shape
+    scales = weight_scale_inv.double().repeat_interleave(height, dim=0)[: len(weight)]
+    total = torch.zeros(len(a), len(weight), dtype=torch.float64, device=a.device)
+    for block in range(a_scales.shape[1]):
+        columns = slice(block * width, (block + 1) * width)
+        # Exact: a factor has 4 significant bits and a range of 2**18, of which 128 are summed.
+        product = a[:, columns].double() @ weight[:, columns].double().T
+        total += product * a_scales[:, block, None].double() * scales[:, block]
+    return total

@@ -1,0 +1,122 @@
+"""Weights read from a checkpoint by a thread that runs ahead of the computation.
+
+Whoever computes says early what it will need, and takes it when it does. Taken weights leave the
+reader; those waiting to be taken never hold more than a limit of bytes, unless one alone does.
+Whatever was not announced, or is still waiting its turn, is read on the spot: a wrong order costs
+time and cannot lock.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from nvfp4check.checkpoint.header import TensorEntry
+from nvfp4check.checkpoint.naming import LogicalWeight, Part, WeightFormat
+from nvfp4check.checkpoint.storage import Storage, StorageError
+from nvfp4check.findings import CheckError
+from nvfp4check.forward.meter import Meter
+from nvfp4ref.formats import FP8_BLOCK
+
+#: The stored bytes of each part of a weight.
+RawParts = Mapping[Part, npt.NDArray[np.uint8]]
+
+
+class ReadAhead:
+    """Reads announced weights in their order, in one thread."""
+
+    def __init__(self, storage: Storage, limit: int, meter: Meter) -> None:
+        self._storage = storage
+        self._limit = limit
+        self._meter = meter
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        #: Announced, and not handed to the thread for lack of room.
+        self._announced: deque[LogicalWeight] = deque()
+        #: With the thread: waiting, being read, or ready to be taken.
+        self._handed: dict[str, tuple[LogicalWeight, Future[RawParts]]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._announced.clear()
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def announce(self, weights: Iterable[LogicalWeight]) -> None:
+        """Say what will be taken next, in this order."""
+        self._announced.extend(weights)
+        self._hand_over()
+
+    def take(self, weight: LogicalWeight) -> RawParts:
+        """Return the bytes of a weight; they are the caller's from here on.
+
+        Raises:
+            CheckError: They cannot be read.
+        """
+        _, reading = self._handed.pop(weight.name, (weight, None))
+        with self._meter.timing("wait"):
+            if reading is not None and not reading.cancel():
+                parts = reading.result()
+            else:
+                if reading is None and weight in self._announced:
+                    self._announced.remove(weight)
+                parts = self._read(weight)
+        self._meter.bytes_read += weight.nbytes
+        self._hand_over()
+        return parts
+
+    def _hand_over(self) -> None:
+        held = sum(weight.nbytes for weight, _ in self._handed.values())
+        while self._announced and (held == 0 or held + self._announced[0].nbytes <= self._limit):
+            weight = self._announced.popleft()
+            held += weight.nbytes
+            self._handed[weight.name] = weight, self._thread.submit(self._read_ahead, weight)
+
+    def _read_ahead(self, weight: LogicalWeight) -> RawParts:
+        with self._meter.timing("read"):
+            return self._read(weight)
+
+    def _read(self, weight: LogicalWeight) -> RawParts:
+        parts = {}
+        for part, entry in weight.parts.items():
+            try:
+                data = self._storage.read(entry.shard, entry.start, entry.stop)
+            except StorageError as error:
+                raise CheckError(f"{entry.name}: {error}") from error
+            parts[part] = np.frombuffer(data, dtype=np.uint8)
+        return parts
+
+
+def rows_of(weight: LogicalWeight, start: int, stop: int) -> LogicalWeight:
+    """Return rows start to stop of a weight as a weight of its own.
+
+    Raises:
+        ValueError: The rows do not begin at the border of a block of 128 x 128.
+    """
+    height = FP8_BLOCK.block_shape[0]
+    if weight.format is WeightFormat.FP8_BLOCK and start % height:
+        raise ValueError(f"{weight.name}: row {start} is not the first of a block of {height}")
+    parts: dict[Part, TensorEntry] = {}
+    for part, entry in weight.parts.items():
+        if part is Part.SCALE_INV:
+            parts[part] = _rows_of_entry(entry, start // height, -(-stop // height))
+        elif part in (Part.CODES, Part.BLOCK_SCALES, Part.PLAIN):
+            parts[part] = _rows_of_entry(entry, start, stop)
+        else:
+            parts[part] = entry
+    name = f"{weight.name}[{start}:{stop}]"
+    return replace(weight, name=name, parts=parts, shape=(stop - start, *weight.shape[1:]))
+
+
+def _rows_of_entry(entry: TensorEntry, start: int, stop: int) -> TensorEntry:
+    row = entry.nbytes // entry.shape[0]
+    return replace(
+        entry,
+        shape=(stop - start, *entry.shape[1:]),
+        start=entry.start + start * row,
+        stop=entry.start + stop * row,
+    )
