@@ -223,6 +223,29 @@ def of_product(
     )
 
 
+def of_roundings(
+    expected: torch.Tensor,
+    count: int,
+    dtype: torch.dtype,
+    exact: torch.Tensor,
+    why: str,
+) -> Tolerance:
+    """Return what a result may be that float32 rounds `count` times before the output dtype.
+
+    `exact` says where none of these roundings has anything to round.
+    """
+    return Tolerance(
+        expected=expected,
+        terms={
+            "float32 roundings": count * UNIT_ROUNDOFF[torch.float32] * expected.abs(),
+            **output_terms(expected, dtype),
+        },
+        exact=exact,
+        dtype=dtype,
+        why=f"{why}, then one rounding to {_name(dtype)}",
+    )
+
+
 def output_terms(expected: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Return what the one rounding to the output dtype may add."""
     return {

@@ -37,7 +37,7 @@ def encode(values: torch.Tensor) -> torch.Tensor:
     if values.isnan().any():
         first = tuple(values.isnan().nonzero()[0].tolist())
         raise ValueError(f"cannot encode NaN as E2M1, first at index {first}")
-    magnitudes = values.double().abs()  # float64 holds every input dtype exactly
+    magnitudes = values.double().abs().contiguous()  # float64 holds every input dtype
     midpoints = torch.tensor(MIDPOINTS, dtype=torch.float64, device=values.device)
     below = torch.searchsorted(midpoints, magnitudes)  # a tie falls to the lower code
     above = torch.searchsorted(midpoints, magnitudes, right=True)  # a tie rises

@@ -55,7 +55,7 @@ MIDPOINTS = (
 
 def encode(values: torch.Tensor, overflow: Overflow = Overflow.SATURATE) -> torch.Tensor:
     """Return the byte nearest to each value, one per uint8, in the shape of `values`."""
-    magnitudes = values.double().abs()  # float64 holds every input dtype exactly
+    magnitudes = values.double().abs().contiguous()  # float64 holds every input dtype
     midpoints = torch.tensor(MIDPOINTS, dtype=torch.float64, device=values.device)
     below = torch.searchsorted(midpoints, magnitudes)  # a tie falls to the lower byte
     above = torch.searchsorted(midpoints, magnitudes, right=True)  # a tie rises
