@@ -1,8 +1,9 @@
 """JSON files of a checkpoint, read without trusting them.
 
-A document with a flaw is still used as far as it can be: `NaN`, infinities and repeated keys are
-noted and read as Python's json would, so that every other check still runs. What cannot be used at
-all is None, with the reason.
+A document with a flaw is still used as far as it can be: `NaN`, numbers beyond a double and
+repeated keys are noted and read as Python's json would, so that every other check still runs. What
+cannot be used at all is None, with the reason. `Infinity` is no flaw: transformers writes it
+(`time_step_limit` of Nemotron's configs), and every reader of these files takes it.
 """
 
 import json
@@ -43,7 +44,8 @@ def parse_json(text: str) -> tuple[dict[str, object] | None, list[str]]:
         return result
 
     def constant(text: str) -> float:
-        problems.append(f"{text} is not JSON")
+        if text == "NaN":
+            problems.append("NaN is not JSON")
         return float(text)
 
     def number(text: str) -> float:

@@ -36,7 +36,7 @@ GENERATION_CONFIG = "generation_config.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Checkpoint:
     """A checkpoint as it lies there, sound or not."""
 
@@ -66,6 +66,9 @@ class Checkpoint:
     generation_config: dict[str, object] | None
     #: File and flaw, for every flaw of the JSON files, those of form included.
     json_problems: list[tuple[str, str]] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self.location}: {len(self.tensors):,} tensors>"
 
     @cached_property
     def architecture(self) -> str | None:
