@@ -59,8 +59,8 @@ class Convention(StrEnum):
 class GlobalScale(StrEnum):
     """How the global scale follows from the largest magnitude of the tensor.
 
-    torch on a GPU divides by a Python number by multiplying with its rounded reciprocal, so the
-    same line of Python has two results.
+    One line of Python has two results: on a GPU torch divides by a number by multiplying with its
+    rounded reciprocal (div_true_kernel_cuda in BinaryDivTrueKernel.cu).
     """
 
     DIVIDE = "D = amax / 2688"
@@ -169,7 +169,7 @@ RULES: dict[Convention, Rules] = {
     # It leaves overflow to torch's cast: NaN above 464 up to torch 2.12, 448 since. 448 here.
     Convention.MODELOPT_0_39: Rules(
         source="nvidia-modelopt 0.39.0, modelopt/torch/quantization/qtensor/nvfp4_tensor.py; "
-        "the other global scale: examples/deepseek/quantize_to_nvfp4.py at tag 0.39.0",
+        "in two steps: examples/deepseek/quantize_to_nvfp4.py at tag 0.39.0, on a GPU",
         global_scale=GlobalScale.DIVIDE,
         other_global_scales=(
             GlobalScale.DIVIDE_TWICE,
