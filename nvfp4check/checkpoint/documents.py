@@ -13,6 +13,10 @@ from nvfp4check.checkpoint.storage import Storage, StorageError
 
 #: Largest JSON file that is read. The index of a checkpoint of 180,547 tensors has 17 MB.
 MAX_JSON_BYTES = 100_000_000
+#: Above this size a document must be mostly text, as an index is: so that no small file makes the
+#: parser build millions of objects.
+_TEXT_FROM = 10_000_000
+_BYTES_A_BRACKET = 16
 #: Nesting that is accepted; a deeper document could not even be walked.
 MAX_DEPTH = 64
 
@@ -54,6 +58,9 @@ def parse_json(text: str) -> tuple[dict[str, object] | None, list[str]]:
             problems.append(f"{_short(text)} is beyond the range of a double")
         return value
 
+    brackets = text.count("[") + text.count("{") if len(text) > _TEXT_FROM else 0
+    if brackets * _BYTES_A_BRACKET > len(text):
+        return None, [f"{brackets:,} brackets in {len(text):,} characters: not read"]
     try:
         document = json.loads(
             text, object_pairs_hook=object_of, parse_constant=constant, parse_float=number

@@ -152,10 +152,10 @@ def _weights_of(module: str, leaves: dict[str, TensorEntry]) -> Iterable[Logical
         yield _alone(bias, module)
     if not leaves:
         return
-    # A weight and a packed weight of one module: the plain one stands beside, with its own name.
-    if "weight" in leaves and "weight_packed" in leaves:
-        yield _alone(leaves.pop("weight"), module)
     parts = {_part(leaf, entry): entry for leaf, entry in leaves.items()}
+    if "weight" in leaves and "weight_packed" in leaves:
+        # Both stored: the packed one is the weight, the other stands beside it.
+        parts |= {Part.CODES: leaves["weight_packed"], Part.PLAIN: leaves["weight"]}
     if parts.keys() <= _KV_PARTS:
         for part, entry in parts.items():
             yield LogicalWeight(
@@ -202,10 +202,10 @@ def _format(leaves: Mapping[str, TensorEntry], parts: Mapping[Part, TensorEntry]
     if "weight_shape" in leaves:
         return WeightFormat.PACKED_INT
     stored = parts.get(Part.PLAIN)
-    if stored is not None:
-        return _PLAIN_FORMATS[stored.dtype]
     codes = parts.get(Part.CODES)
     block_scales = parts.get(Part.BLOCK_SCALES)
+    if codes is None and stored is not None:
+        return _PLAIN_FORMATS[stored.dtype]
     if codes is None:
         if Part.SCALE_INV in parts:
             return WeightFormat.FP8_BLOCK
@@ -220,7 +220,7 @@ def _format(leaves: Mapping[str, TensorEntry], parts: Mapping[Part, TensorEntry]
 
 
 def _shape(form: WeightFormat, parts: Mapping[Part, TensorEntry]) -> tuple[int, ...]:
-    stored = parts.get(Part.PLAIN) or parts.get(Part.CODES)
+    stored = parts.get(Part.CODES) or parts.get(Part.PLAIN)
     if stored is None:
         return ()
     packed = form in (WeightFormat.NVFP4, WeightFormat.MXFP4) and stored.dtype != "F4"

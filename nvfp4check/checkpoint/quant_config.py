@@ -140,7 +140,7 @@ class _Reader:
         self.fields = fields
         self.problems: list[str] = []
 
-    def _bad(self, key: str, expected: str) -> None:
+    def bad(self, key: str, expected: str) -> None:
         found = repr(self.fields[key])
         found = found if len(found) <= 60 else found[:57] + "..."
         self.problems.append(f"{self.file}: {self.where}{key} is {found}, expected {expected}")
@@ -148,21 +148,21 @@ class _Reader:
     def text(self, key: str) -> str | None:
         value = self.fields.get(key)
         if value is not None and not isinstance(value, str):
-            self._bad(key, "a string")
+            self.bad(key, "a string")
             return None
         return value
 
     def size(self, key: str) -> int | None:
         value = self.fields.get(key)
         if value is not None and not (type(value) is int and value > 0):
-            self._bad(key, "a positive whole number")
+            self.bad(key, "a positive whole number")
             return None
         return value
 
     def object(self, key: str) -> dict[str, object] | None:
         value = self.fields.get(key)
         if value is not None and not isinstance(value, dict):
-            self._bad(key, "an object")
+            self.bad(key, "an object")
             return None
         return value
 
@@ -171,7 +171,7 @@ class _Reader:
         if value is None:
             return None
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            self._bad(key, "a list of strings")
+            self.bad(key, "a list of strings")
             return None
         return tuple(value)
 
@@ -239,22 +239,23 @@ def _modelopt(producer: _Reader, fields: _Reader, exclude_key: str) -> QuantConf
     declared = {group.quantizes_activations for group in groups}
     if algo is not None and algo != MIXED and declared == {False}:
         activations = False
-    problems = list(fields.problems)
-    problems += [problem for problem in producer.problems if problem not in problems]
+    kv_cache_algo = _kv_algo(fields)
+    quantized_layers = _quantized_layers(fields)
+    name, version = producer.text("name"), producer.text("version")
     return QuantConfig(
         producer="modelopt" if fields.fields else None,
-        producer_name=producer.text("name"),
-        producer_version=producer.text("version"),
+        producer_name=name,
+        producer_version=version,
         algo=algo,
         group_size=group_size,
-        kv_cache_algo=_kv_algo(fields),
+        kv_cache_algo=kv_cache_algo,
         exclude=exclude or (),
-        quantized_layers=_quantized_layers(fields),
+        quantized_layers=quantized_layers,
         groups=groups,
         quantizes_activations=activations,
         static_input_scale=activations is not False,
         source_files=(fields.file,),
-        problems=tuple(problems),
+        problems=tuple(dict.fromkeys((*fields.problems, *producer.problems))),
     )
 
 
@@ -332,6 +333,7 @@ def _compressed_tensors(fields: _Reader) -> QuantConfig:
         quantizes_activations=activations.pop() if len(activations) == 1 else None,
         static_input_scale=any(group.static_input_scale for group in groups),
         source_files=(fields.file,),
+        # Arguments are evaluated in order: every field above has been read.
         problems=tuple(dict.fromkeys(fields.problems)),
     )
 
@@ -361,7 +363,7 @@ def _deepseek_fp8(fields: _Reader) -> QuantConfig:
     if isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block):
         size = (block[0], block[1])
     elif block is not None:
-        fields._bad("weight_block_size", "two positive whole numbers")
+        fields.bad("weight_block_size", "two positive whole numbers")
     return QuantConfig(
         producer="deepseek-fp8",
         producer_name="deepseek",
@@ -372,5 +374,6 @@ def _deepseek_fp8(fields: _Reader) -> QuantConfig:
         weight_block_size=size,
         scale_fmt=fields.text("scale_fmt"),
         source_files=(fields.file,),
+        # Arguments are evaluated in order: every field above has been read.
         problems=tuple(fields.problems),
     )

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -228,6 +229,15 @@ def test_a_flaw_of_the_index_is_data_and_the_shards_are_read(
     checkpoint = open_checkpoint(clone.path)
     assert message in problems_of(checkpoint, INDEX)
     assert len(checkpoint.tensors) == 967
+
+
+def test_a_large_index_of_brackets_is_refused_before_it_is_parsed(clone: CheckpointEditor) -> None:
+    clone.write_file(INDEX, '{"weight_map": [' + "[]," * 4_000_000 + "[]]}")
+    tracemalloc.start()
+    checkpoint = open_checkpoint(clone.path)
+    assert tracemalloc.get_traced_memory()[1] < 60_000_000
+    tracemalloc.stop()
+    assert "brackets in 12,000,020 characters" in problems_of(checkpoint, INDEX)
 
 
 def test_an_index_that_is_not_utf8_is_data(clone: CheckpointEditor) -> None:
