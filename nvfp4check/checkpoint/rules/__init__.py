@@ -2,15 +2,32 @@
 
 from collections.abc import Iterable
 
-from nvfp4check.checkpoint.rules import metadata, serving, storage
+from nvfp4check.checkpoint.rules import (
+    blocks,
+    metadata,
+    serving,
+    storage,
+    stored_form,
+    structure,
+)
 from nvfp4check.checkpoint.rules.base import Rule
 from nvfp4check.findings import CheckError
 
-#: The rules of each group, in the order of their ids.
-_GROUPS: tuple[tuple[Rule, ...], ...] = (storage.RULES, metadata.RULES, serving.RULES)
+#: The rules of each file.
+_GROUPS: tuple[tuple[Rule, ...], ...] = (
+    storage.RULES,
+    structure.RULES,
+    stored_form.RULES,
+    blocks.RULES,
+    metadata.RULES,
+    serving.RULES,
+)
 
 #: Every rule by its id.
-RULES: dict[str, Rule] = {rule.id: rule for group in _GROUPS for rule in group}
+RULES: dict[str, Rule] = {
+    rule.id: rule
+    for rule in sorted((rule for group in _GROUPS for rule in group), key=lambda r: r.id)
+}
 
 
 def select_rules(select: Iterable[str] = (), ignore: Iterable[str] = ()) -> tuple[Rule, ...]:

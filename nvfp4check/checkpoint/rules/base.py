@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from nvfp4check.findings import Finding, JsonValue, Severity, Skipped
 
 if TYPE_CHECKING:
-    from nvfp4check.checkpoint.expected import ExpectedTensor
+    from nvfp4check.checkpoint.expected import Expected
     from nvfp4check.checkpoint.opening import Checkpoint
     from nvfp4check.checkpoint.scan import WeightScan
 
@@ -53,6 +53,11 @@ def printable(text: str, limit: int = 200) -> str:
     return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"
 
 
+def counted(count: int, noun: str) -> str:
+    """Return "1 tensor", "2 tensors"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One thing a rule found: a `Finding` without the rule's id, name and severity.
@@ -74,14 +79,14 @@ class Problem:
 class RuleContext:
     """What the rules look at.
 
-    `expected` is None when no map of expected tensors exists for the architecture, and
-    `why_nothing_is_expected` says so. `scans` holds what the byte pass counted, by logical weight
-    name; it is empty at level headers and partial in a sampled run. `tp` is the number of tensor
-    parallel shards to check for, or None.
+    `expected` is the map of the unquantised model; it is None when there is none for the
+    architecture, and `why_nothing_is_expected` says so. `scans` holds what the byte pass counted,
+    by logical weight name; it is empty at level headers and partial in a sampled run. `tp` is the
+    number of tensor parallel shards to check for, or None.
     """
 
     checkpoint: "Checkpoint"
-    expected: "Mapping[str, ExpectedTensor] | None" = None
+    expected: "Expected | None" = None
     why_nothing_is_expected: str = ""
     scans: "Mapping[str, WeightScan]" = field(default_factory=dict)
     level: RuleLevel = RuleLevel.HEADERS

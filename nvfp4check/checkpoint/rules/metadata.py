@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from nvfp4check.checkpoint.excludes import ModuleTable, PatternSet, Reading
 from nvfp4check.checkpoint.opening import Checkpoint
 from nvfp4check.checkpoint.quant_config import CONFIG, HF_QUANT_CONFIG, QuantConfig
-from nvfp4check.checkpoint.rules.base import Problem, Rule, RuleContext, printable, rule
+from nvfp4check.checkpoint.rules.base import Problem, Rule, RuleContext, counted, printable, rule
 from nvfp4check.checkpoint.rules.shared import nvfp4_weights, quantization_document
 from nvfp4check.findings import JsonValue, Severity
 from nvfp4ref.formats import BLOCK_SIZE
@@ -59,7 +59,7 @@ def quant_config_missing(context: RuleContext) -> Iterator[Problem]:
     weights = nvfp4_weights(checkpoint)
     if weights:
         yield Problem(
-            f"{len(weights):,} weights are stored as NVFP4, but there is no {HF_QUANT_CONFIG} and "
+            f"{counted(len(weights), 'weight')} of NVFP4 are stored, but there is no {HF_QUANT_CONFIG} and "
             f"no quantization_config in {CONFIG}",
             shard=CONFIG,
             count=len(weights),
@@ -94,7 +94,7 @@ def quant_config_stale(context: RuleContext) -> Iterator[Problem]:
     if not weights and (hf is None or not hf.is_nvfp4):
         return
     held = (
-        f"{len(weights):,} weights are stored as NVFP4"
+        f"{counted(len(weights), 'weight')} of NVFP4 are stored"
         if weights
         else f"{HF_QUANT_CONFIG} declares NVFP4"
     )
@@ -159,7 +159,7 @@ def _contradicting_layers(config: QuantConfig, hf: QuantConfig) -> Iterator[Prob
     )
     if differing:
         yield Problem(
-            f"quantized_layers differ for {len(differing):,} modules: {_some(differing)}",
+            f"quantized_layers differ for {counted(len(differing), 'module')}: {_some(differing)}",
             shard=CONFIG,
             count=len(differing),
             observed=config.quantized_layers.get(differing[0]),
@@ -181,7 +181,7 @@ def _contradicting_excludes(
     if differing:
         covered = ours.covers(differing[0])
         yield Problem(
-            f"the exclude lists differ for {len(differing):,} modules: {_some(differing)}; the "
+            f"the exclude lists differ for {counted(len(differing), 'module')}: {_some(differing)}; the "
             f"first is excluded by {CONFIG if covered else HF_QUANT_CONFIG} only",
             tensor=f"{differing[0]}.weight",
             shard=CONFIG,
@@ -303,7 +303,8 @@ def _known_modules(context: RuleContext) -> Iterator[str]:
     for weight in checkpoint.weights.values():
         yield weight.module
     names = [] if checkpoint.index is None else list(checkpoint.index.weight_map)
-    for name in (*names, *(context.expected or ())):
+    wanted = () if context.expected is None else context.expected.tensors
+    for name in (*names, *wanted):
         yield name.rpartition(".")[0]
 
 
@@ -326,7 +327,7 @@ def _read_differently(
                 if modules:
                     yield Problem(
                         f"{file}: by pattern {printable(pattern)!r} {reading.value} {verb} "
-                        f"{len(modules):,} modules: {_some(modules)}",
+                        f"{counted(len(modules), 'module')}: {_some(modules)}",
                         shard=file,
                         count=len(modules),
                         observed=pattern,

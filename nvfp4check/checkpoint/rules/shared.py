@@ -3,9 +3,12 @@
 import re
 from collections.abc import Mapping
 
+from nvfp4check.checkpoint.header import TensorEntry
 from nvfp4check.checkpoint.naming import LogicalWeight, Part, WeightFormat
 from nvfp4check.checkpoint.opening import Checkpoint
 from nvfp4check.checkpoint.quant_config import QuantConfig
+from nvfp4check.checkpoint.rules.base import Problem, counted, printable
+from nvfp4check.findings import JsonValue
 
 #: The one file that loaders find without an index.
 SINGLE_SHARD = "model.safetensors"
@@ -65,6 +68,32 @@ def usable_declaration(checkpoint: Checkpoint) -> QuantConfig | None:
     return declared
 
 
+def is_nvfp4(weight: LogicalWeight, declared: QuantConfig | None) -> bool:
+    """Whether a weight is meant to be NVFP4, whatever the dtypes of its parts are."""
+    if Part.GLOBAL_SCALE in weight.parts:
+        return True
+    scales = weight.parts.get(Part.BLOCK_SCALES)
+    if scales is not None and scales.dtype == "F8_E4M3":
+        return True
+    algo = None if declared is None else declared.algo_of(weight.module)
+    packed = weight.format in (WeightFormat.NVFP4, WeightFormat.MXFP4)
+    return packed and algo is not None and "NVFP4" in algo
+
+
+def at(
+    entry: TensorEntry, message: str, observed: JsonValue = None, expected: JsonValue = None
+) -> Problem:
+    """Make a problem at a stored tensor."""
+    return Problem(
+        message,
+        tensor=entry.name,
+        shard=entry.shard,
+        offset=entry.start,
+        observed=observed,
+        expected=expected,
+    )
+
+
 class Absence:
     """Whether another rule, or a file that could not be read, accounts for an absent tensor."""
 
@@ -95,6 +124,6 @@ class Absence:
     def why(self) -> str:
         """Say which shards could not be read."""
         return (
-            f"{len(self.lost_shards):,} shards could not be read, the first "
-            f"{self.lost_shards[0]}, and the index does not tell what they hold"
+            f"{counted(len(self.lost_shards), 'shard')} could not be read, the first "
+            f"{printable(self.lost_shards[0])}, and the index does not tell what they hold"
         )

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from nvfp4check.checkpoint.index import INDEX_FILE
-from nvfp4check.checkpoint.rules.base import Problem, Rule, RuleContext, printable, rule
+from nvfp4check.checkpoint.rules.base import Problem, Rule, RuleContext, counted, printable, rule
 from nvfp4check.checkpoint.rules.shared import SINGLE_SHARD, stray_shards
 from nvfp4check.findings import Severity
 
@@ -52,7 +52,8 @@ def shard_missing(context: RuleContext) -> Iterator[Problem]:
     placed = Counter(checkpoint.index.weight_map.values()) if checkpoint.index else Counter()
     for shard in checkpoint.missing_shards:
         yield Problem(
-            f"the index places {placed[shard]:,} tensors in {printable(shard)}, which is not there",
+            f"the index places {counted(placed[shard], 'tensor')} in {printable(shard)}, which is "
+            "not there",
             shard=shard,
             count=placed[shard],
         )
@@ -176,13 +177,13 @@ def stray_shard(context: RuleContext) -> Iterator[Problem]:
     checkpoint = context.checkpoint
     for shard in stray_shards(checkpoint):
         header = checkpoint.shards.get(shard)
-        held = "unreadable" if header is None else f"{len(header.entries):,} tensors"
+        held = "unreadable" if header is None else counted(len(header.entries), "tensor")
         named = "not named by the index" if checkpoint.index else f"beside {SINGLE_SHARD}"
         yield Problem(f"{printable(shard)} ({held}) is {named}", shard=shard)
     present = sorted((*checkpoint.shards, *checkpoint.unreadable))
-    if checkpoint.index is None and SINGLE_SHARD not in present:
+    if checkpoint.index is None and present and SINGLE_SHARD not in present:
         yield Problem(
-            f"{len(present):,} safetensors files and no {INDEX_FILE} to name them, the first "
+            f"{counted(len(present), 'safetensors file')} and no {INDEX_FILE} to name them, the first "
             f"{printable(present[0])}: loaders look for an index or for {SINGLE_SHARD}",
             shard=present[0],
             count=len(present),
@@ -209,7 +210,7 @@ def index_size_wrong(context: RuleContext) -> Iterator[Problem]:
     if lost:
         context.skip(
             "NV007 total_size of the index",
-            f"{len(lost):,} shards could not be read, the first {printable(lost[0])}",
+            f"{counted(len(lost), 'shard')} could not be read, the first {printable(lost[0])}",
         )
         return
     held = [entry for shard in named for entry in checkpoint.shards[shard].entries]
