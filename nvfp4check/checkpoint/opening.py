@@ -5,6 +5,7 @@ there is nothing to open is an error.
 """
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from nvfp4check.checkpoint.documents import read_json
 from nvfp4check.checkpoint.header import HeaderError, ShardHeader, TensorEntry, read_header
 from nvfp4check.checkpoint.index import INDEX_FILE, Index, read_index
+from nvfp4check.checkpoint.locations import open_storage
 from nvfp4check.checkpoint.naming import LogicalWeight, logical_weights
 from nvfp4check.checkpoint.quant_config import (
     CONFIG,
@@ -25,7 +27,7 @@ from nvfp4check.checkpoint.quant_config import (
     from_config,
     from_hf_quant_config,
 )
-from nvfp4check.checkpoint.storage import Storage, open_storage
+from nvfp4check.checkpoint.storage import LocalStorage, Storage
 from nvfp4check.checkpoint.values import scalar_of, torch_of
 from nvfp4check.findings import CheckError
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     import torch
 
 GENERATION_CONFIG = "generation_config.json"
+_CONNECTIONS = 8
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
@@ -208,14 +211,18 @@ def _quantization_problems(
 
 
 def _headers(storage: Storage, names: list[str]) -> tuple[dict[str, ShardHeader], dict[str, str]]:
-    shards: dict[str, ShardHeader] = {}
-    unreadable: dict[str, str] = {}
-    for name in names:
+    def read(name: str) -> ShardHeader | HeaderError:
         try:
-            shards[name] = read_header(storage, name)
+            return read_header(storage, name)
         except HeaderError as error:
-            unreadable[name] = str(error)
-    return shards, unreadable
+            return error
+
+    # Remote reads wait for the network, and wait side by side.
+    workers = 1 if isinstance(storage, LocalStorage) else _CONNECTIONS
+    with ThreadPoolExecutor(workers) as pool:
+        found = list(zip(names, pool.map(read, names), strict=True))
+    shards = {name: header for name, header in found if isinstance(header, ShardHeader)}
+    return shards, {name: str(why) for name, why in found if isinstance(why, HeaderError)}
 
 
 def _tensors(

@@ -234,14 +234,3 @@ def _hub_blobs(root: Path) -> tuple[Path, ...]:
         return ()
     blobs = root.parent.parent / "blobs"
     return (blobs,) if blobs.is_dir() and not blobs.is_symlink() else ()
-
-
-def open_storage(location: str | Path) -> Storage:
-    """Choose the storage for a location.
-
-    Raises:
-        CheckError: there is nothing at the location, or no storage for such a URL.
-    """
-    if "://" in str(location):
-        raise CheckError(f"{location}: only local directories can be opened")
-    return LocalStorage(location)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from nvfp4check.checkpoint.storage import LocalStorage, StorageError, open_storage, unsafe_name
+from nvfp4check.checkpoint.locations import open_storage
+from nvfp4check.checkpoint.storage import LocalStorage, StorageError, unsafe_name
 from nvfp4check.findings import CheckError
 
 
