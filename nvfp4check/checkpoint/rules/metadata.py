@@ -59,8 +59,8 @@ def quant_config_missing(context: RuleContext) -> Iterator[Problem]:
     weights = nvfp4_weights(checkpoint)
     if weights:
         yield Problem(
-            f"{counted(len(weights), 'weight')} of NVFP4 are stored, but there is no {HF_QUANT_CONFIG} and "
-            f"no quantization_config in {CONFIG}",
+            f"{counted(len(weights), 'weight')} of NVFP4 are stored, but there is no "
+            f"{HF_QUANT_CONFIG} and no quantization_config in {CONFIG}",
             shard=CONFIG,
             count=len(weights),
             expected=HF_QUANT_CONFIG,
@@ -181,8 +181,9 @@ def _contradicting_excludes(
     if differing:
         covered = ours.covers(differing[0])
         yield Problem(
-            f"the exclude lists differ for {counted(len(differing), 'module')}: {_some(differing)}; the "
-            f"first is excluded by {CONFIG if covered else HF_QUANT_CONFIG} only",
+            f"the exclude lists differ for {counted(len(differing), 'module')}: "
+            f"{_some(differing)}; the first is excluded by "
+            f"{CONFIG if covered else HF_QUANT_CONFIG} only",
             tensor=f"{differing[0]}.weight",
             shard=CONFIG,
             count=len(differing),

@@ -183,7 +183,7 @@ def stray_shard(context: RuleContext) -> Iterator[Problem]:
     present = sorted((*checkpoint.shards, *checkpoint.unreadable))
     if checkpoint.index is None and present and SINGLE_SHARD not in present:
         yield Problem(
-            f"{counted(len(present), 'safetensors file')} and no {INDEX_FILE} to name them, the first "
+            f"{counted(len(present), 'safetensors file')} and no {INDEX_FILE}, the first "
             f"{printable(present[0])}: loaders look for an index or for {SINGLE_SHARD}",
             shard=present[0],
             count=len(present),

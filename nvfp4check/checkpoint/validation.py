@@ -1,0 +1,312 @@
+"""validate: all rules over one checkpoint, what they covered, and the verdict.
+
+What a run was asked to check follows from its options. At level headers nobody asked for bytes, so
+the rules that read them are no gap, unless they were selected by name; a sampled run was asked for
+a sample, and says how likely it missed a defect. Everything else that a chosen rule could not look
+at is in `coverage.skipped`, and makes the run incomplete: no map for the architecture, a shard that
+could not be read, a weight whose bytes no rule can interpret.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nvfp4check import __version__
+from nvfp4check.checkpoint.byte_pass import Sample, draw, read_bytes, scannable_weights
+from nvfp4check.checkpoint.expected import Expected, expected_tensors
+from nvfp4check.checkpoint.journal import Journal, default_path, fingerprint
+from nvfp4check.checkpoint.opening import Checkpoint
+from nvfp4check.checkpoint.quant_config import CONFIG, QuantConfig
+from nvfp4check.checkpoint.rules import select_rules
+from nvfp4check.checkpoint.rules.base import (
+    Rule,
+    RuleContext,
+    RuleLevel,
+    counted,
+    printable,
+)
+from nvfp4check.checkpoint.rules.blocks import tp_misaligned
+from nvfp4check.engine import Engine
+from nvfp4check.engine.local import LocalEngine
+from nvfp4check.findings import CheckError, Coverage, Finding, Severity, Verdict
+
+SCHEMA = "nvfp4check/validate/1"
+
+#: Hears of progress: the stage ("bytes" or "rules"), how much is done, and of how much.
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidationOptions:
+    """What a run is asked to check, and how it works.
+
+    `journal` is where finished work is written; the default lies in the user's cache. With
+    `resume` the run goes on where an interrupted one stopped.
+    """
+
+    level: RuleLevel = RuleLevel.BYTES
+    select: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    fail_on: Severity = Severity.ERROR
+    tp: int | None = None
+    sample: float = 1.0
+    seed: int = 0
+    jobs: int = 1
+    engine: Engine | None = None
+    device: str = "cpu"
+    journal: Path | None = None
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sample <= 1:
+            raise CheckError(f"sample {self.sample} is no fraction; give 0 < fraction <= 1")
+        if self.tp is not None and self.tp < 1:
+            raise CheckError(f"cannot check {self.tp}-way tensor parallelism; give --tp 1 or more")
+        if self.device != "cpu":
+            raise CheckError(
+                f"validate reads bytes on the CPU and has no way to do it on {self.device!r}; "
+                "leave --device out"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointSummary:
+    """What kind of checkpoint it is. `formats` counts logical weights."""
+
+    location: str
+    producer: str | None
+    architecture: str | None
+    formats: dict[str, int]
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidationResult:
+    """What a run found, and what it covered."""
+
+    checkpoint: CheckpointSummary
+    findings: tuple[Finding, ...]
+    coverage: Coverage
+    verdict: Verdict
+    level: RuleLevel
+    sample: Sample | None
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the document of schema nvfp4check/validate/1."""
+        coverage: dict[str, Any] = {
+            "tensors": self.coverage.tensors,
+            "tensors_checked": self.coverage.tensors_checked,
+            "bytes_checked": self.coverage.bytes_checked,
+            "rules": [*self.coverage.rules],
+            "skipped": [{"what": gap.what, "why": gap.why} for gap in self.coverage.skipped],
+            "level": self.level.value,
+        }
+        if self.sample is not None:
+            coverage["sample"] = _sample_json(self.sample)
+        return {
+            "schema": SCHEMA,
+            "tool": {"name": "nvfp4check", "version": __version__},
+            "checkpoint": {
+                "location": self.checkpoint.location,
+                "producer": self.checkpoint.producer,
+                "architecture": self.checkpoint.architecture,
+                "formats": {**self.checkpoint.formats},
+                "bytes": self.checkpoint.bytes,
+            },
+            "verdict": self.verdict.value,
+            "findings": [_finding_json(finding) for finding in self.findings],
+            "coverage": coverage,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def _finding_json(finding: Finding) -> dict[str, Any]:
+    return {
+        "rule": finding.rule,
+        "name": finding.name,
+        "severity": finding.severity.value,
+        "tensor": finding.tensor,
+        "shard": finding.shard,
+        "offset": finding.offset,
+        "count": finding.count,
+        "message": finding.message,
+        "observed": finding.observed,
+        "expected": finding.expected,
+    }
+
+
+def _sample_json(sample: Sample) -> dict[str, Any]:
+    return {
+        "fraction": sample.fraction,
+        "seed": sample.seed,
+        "groups": sample.groups,
+        "groups_read": sample.groups_read,
+        "weights": sample.weights,
+        "weights_read": sample.weights_read,
+        "missed": [
+            {"defective_groups": size, "probability": sample.missed(size)}
+            for size in sample.defect_sizes
+        ],
+    }
+
+
+def verdict_of(
+    findings: tuple[Finding, ...], coverage: Coverage, fail_on: Severity = Severity.ERROR
+) -> Verdict:
+    """Judge a run: a finding as grave as `fail_on` fails it, a gap makes it incomplete."""
+    if any(finding.severity.rank <= fail_on.rank for finding in findings):
+        return Verdict.FAIL
+    return Verdict.INCOMPLETE if coverage.skipped else Verdict.PASS
+
+
+def exit_code(
+    result: ValidationResult, fail_on: Severity = Severity.ERROR, allow_skips: bool = False
+) -> int:
+    """Return 0 when it was checked and holds, 1 when it does not, 2 when not all was checked."""
+    verdict = verdict_of(result.findings, result.coverage, fail_on)
+    if verdict is Verdict.FAIL:
+        return 1
+    return 0 if verdict is Verdict.PASS or allow_skips else 2
+
+
+def validate(
+    checkpoint: Checkpoint,
+    options: ValidationOptions | None = None,
+    progress: Progress | None = None,
+) -> ValidationResult:
+    """Apply the chosen rules to a checkpoint.
+
+    Raises:
+        CheckError: The options make no sense, or bytes could not be read.
+    """
+    options = options or ValidationOptions()
+    begun = time.perf_counter()
+    chosen = select_rules(options.select, options.ignore)
+    rules = tuple(rule for rule in chosen if _why_not(rule, options) is None)
+    expected, why = _expected(checkpoint)
+    context = RuleContext(checkpoint, expected, why, level=options.level, tp=options.tp)
+    if options.select:
+        for rule in chosen:
+            why_not = _why_not(rule, options)
+            if why_not is not None:
+                context.skip(f"{rule.id} {rule.name}", why_not)
+    sample = None
+    if any(rule.level is RuleLevel.BYTES for rule in rules):
+        sample = _read(context, options, progress)
+    findings: list[Finding] = []
+    for position, rule in enumerate(rules):
+        findings += rule.findings(context)
+        if progress is not None:
+            progress("rules", position + 1, len(rules))
+    findings.sort(key=lambda finding: finding.sort_key)
+    coverage = _coverage(context, rules)
+    return ValidationResult(
+        checkpoint=_summary(checkpoint),
+        findings=tuple(findings),
+        coverage=coverage,
+        verdict=verdict_of(tuple(findings), coverage, options.fail_on),
+        level=options.level,
+        sample=sample,
+        seconds=time.perf_counter() - begun,
+    )
+
+
+def _why_not(rule: Rule, options: ValidationOptions) -> str | None:
+    """Say why the options leave a rule out, or None when it runs."""
+    if rule.level is RuleLevel.BYTES and options.level is RuleLevel.HEADERS:
+        return "it reads bytes, and the level is headers"
+    if rule.id == tp_misaligned.id and options.tp is None:
+        return "it needs --tp, the number of tensor parallel shards"
+    return None
+
+
+def _expected(checkpoint: Checkpoint) -> tuple[Expected | None, str]:
+    """Map the unquantised model: each logical weight has its place there, however stored."""
+    if checkpoint.config is None:
+        there = "cannot be read" if CONFIG in checkpoint.files else "is missing"
+        return None, f"{CONFIG} {there}, so the architecture is unknown"
+    if checkpoint.architecture is None:
+        return None, f"{CONFIG} names no architecture"
+    expected = expected_tensors(checkpoint.config, QuantConfig())
+    if expected.problems:
+        return None, printable("; ".join(expected.problems), 400)
+    return expected, ""
+
+
+def _read(
+    context: RuleContext, options: ValidationOptions, progress: Progress | None
+) -> Sample | None:
+    """Read the bytes of all NVFP4 weights, or of a sample of them."""
+    weights, hindered = scannable_weights(context.checkpoint)
+    if hindered:
+        name, why = next(iter(hindered.items()))
+        context.skip(
+            f"bytes of {counted(len(hindered), 'weight')}, the first {printable(name)}",
+            f"{printable(why)}",
+        )
+    sample = None
+    if options.sample < 1 and weights:
+        weights, sample = draw(weights, options.sample, options.seed)
+    with _journal(context.checkpoint, options) as journal:
+        context.scans = read_bytes(
+            context.checkpoint,
+            weights,
+            options.engine or LocalEngine(options.jobs),
+            journal,
+            None if progress is None else lambda done, total: progress("bytes", done, total),
+        )
+        if journal is not None:
+            journal.remove()
+    return sample
+
+
+@contextmanager
+def _journal(checkpoint: Checkpoint, options: ValidationOptions) -> Iterator[Journal | None]:
+    """Open the journal. Only who asks for one, or for its content, must be able to have it."""
+    path = options.journal or default_path(checkpoint)
+    try:
+        journal = Journal(path, fingerprint(checkpoint), resume=options.resume)
+    except CheckError:
+        if options.resume or options.journal is not None:
+            raise
+        yield None
+        return
+    with journal:
+        yield journal
+
+
+def _coverage(context: RuleContext, rules: tuple[Rule, ...]) -> Coverage:
+    """Count what was looked at: tensors whose bytes were read, else those whose headers were."""
+    checkpoint = context.checkpoint
+    if any(rule.level is RuleLevel.BYTES for rule in rules):
+        scanned = [checkpoint.weights[name] for name in context.scans]
+        read = sum(len(weight.parts) for weight in scanned)
+        size = sum(weight.nbytes for weight in scanned)
+    else:
+        read, size = len(checkpoint.tensors), 0
+    return Coverage(
+        tensors=len(checkpoint.tensors),
+        tensors_checked=read,
+        bytes_checked=size,
+        rules=tuple(rule.id for rule in rules),
+        skipped=tuple(context.skipped),
+    )
+
+
+def _summary(checkpoint: Checkpoint) -> CheckpointSummary:
+    declared = checkpoint.quantization
+    name = declared.producer_name or declared.producer
+    producer = " ".join(part for part in (name, declared.producer_version) if part)
+    formats = Counter(weight.format.value for weight in checkpoint.weights.values())
+    return CheckpointSummary(
+        location=checkpoint.location,
+        producer=producer or None,
+        architecture=checkpoint.architecture,
+        formats=dict(sorted(formats.items())),
+        bytes=checkpoint.nbytes,
+    )
