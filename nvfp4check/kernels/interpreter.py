@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 from unittest import mock
 
@@ -34,6 +35,9 @@ from nvfp4ref.formats import BLOCK_SIZE, E2M1, E4M3, E8M0, ElementFormat
 
 Array = npt.NDArray[Any]
 Grid = tuple[int, ...]
+
+#: Of Triton: (3, 9) for 3.9.0.
+RELEASE = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 _ScaleFormat = upstream._ir.ScaleDotElemTypeTY
 _repaired: ContextVar[bool] = ContextVar("repaired", default=True)
@@ -193,6 +197,24 @@ def _with_plain_format_names(dot_scaled: Callable[..., Any]) -> Callable[..., An
     return named
 
 
+def _with_loop_bounds(patch_tensor: Callable[..., None]) -> Callable[..., None]:
+    """Return `patch_tensor` with a conversion to int that takes an array of one element."""
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    return patched
+
+
+@triton.jit
+def _loop_kernel(out_ptr, count):
+    total = 0
+    for step in range(count):
+        total += step
+    tl.store(out_ptr, total)
+
+
 @triton.jit
 def _cast_kernel(x_ptr, y_ptr, N: tl.constexpr):
     offs = tl.arange(0, N)
@@ -236,6 +258,19 @@ def _bf16_cast_is_right() -> bool:
     return _cast(given, "bfloat16") == [1.0078125, 1.015625, 1.0, 2.0]
 
 
+def _loop_bound_is_right() -> bool:
+    import torch
+
+    out = torch.zeros((), dtype=torch.int32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            run(_loop_kernel, (1,), out, 5)
+        except upstream.InterpreterError:
+            return False
+    return int(out) == 10
+
+
 def _dot_scaled_is_right() -> bool:
     import torch
 
@@ -265,15 +300,23 @@ class Repair:
 
     name: str
     why: str
+    #: The last release of Triton that was seen to need it.
+    until: tuple[int, int]
     patches: tuple[Patch, ...]
     #: Runs a small kernel: is what is installed right?
     is_right: Callable[[], bool]
+
+    @property
+    def applies(self) -> bool:
+        """Whether the Triton at hand is one that needs it."""
+        return self.until >= RELEASE
 
 
 REPAIRS = (
     Repair(
         name="dot_scaled",
         why="3.6 and 3.7 have none; 3.9.0 decodes every block scale as E8M0, E4M3 ones too",
+        until=(3, 9),
         patches=(
             Patch(upstream.InterpreterBuilder, "create_dot_scaled", lambda _: _create_dot_scaled),
             Patch(upstream.TritonSemantic, "dot_scaled", _with_plain_format_names),
@@ -284,14 +327,23 @@ REPAIRS = (
         name="e4m3 cast",
         why="3.6 to 3.9 lose the rounding carry, turn float32 subnormals into 2**-9, do not tie "
         "to even and give NaN where the hardware saturates",
+        until=(3, 9),
         patches=(Patch(upstream, "_convert_float", _with_e4m3_casts),),
         is_right=_e4m3_cast_is_right,
     ),
     Repair(
         name="bf16 cast",
         why="3.6 to 3.9 truncate float32 to BF16, where a GPU rounds to nearest even",
+        until=(3, 9),
         patches=(Patch(upstream, "_convert_float", _with_bf16_casts),),
         is_right=_bf16_cast_is_right,
+    ),
+    Repair(
+        name="loop bound",
+        why="3.6 takes a bound from an array of one element, which numpy refuses since 2.4",
+        until=(3, 6),
+        patches=(Patch(upstream, "_patch_lang_tensor", _with_loop_bounds),),
+        is_right=_loop_bound_is_right,
     ),
 )
 
@@ -332,7 +384,8 @@ def interpretation() -> Iterator[None]:
         stack.enter_context(mock.patch.object(upstream, "_patch_lang", patch_once))
         stack.enter_context(mock.patch.object(JITFunction, "__call__", call))
         if _repaired.get():
-            for patch in (patch for repair in REPAIRS for patch in repair.patches):
+            needed = (repair.patches for repair in REPAIRS if repair.applies)
+            for patch in chain.from_iterable(needed):
                 installed = patch.wrap(getattr(patch.owner, patch.attribute, None))
                 stack.enter_context(
                     mock.patch.object(patch.owner, patch.attribute, installed, create=True)
