@@ -8,6 +8,7 @@ cannot be used at all is None, with the reason. `Infinity` is no flaw: transform
 
 import json
 import math
+from collections import Counter
 
 from nvfp4check.checkpoint.storage import Storage, StorageError
 
@@ -17,6 +18,8 @@ MAX_JSON_BYTES = 100_000_000
 #: parser build millions of objects.
 _TEXT_FROM = 10_000_000
 _BYTES_A_BRACKET = 16
+#: Flaws that are listed; a document with more of them is no better described by all.
+_MAX_PROBLEMS = 20
 #: Nesting that is accepted; a deeper document could not even be walked.
 MAX_DEPTH = 64
 
@@ -39,23 +42,26 @@ def parse_json(text: str) -> tuple[dict[str, object] | None, list[str]]:
     """Parse a JSON text whose top is an object; return it, or None, and what is wrong with it."""
     problems: list[str] = []
 
+    def note(problem: str) -> None:
+        if problem not in problems and len(problems) < _MAX_PROBLEMS:
+            problems.append(problem)
+
     def object_of(pairs: list[tuple[str, object]]) -> dict[str, object]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            problems.append(f"{twice!r} appears twice in one object; the last one counts")
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            note(f"{_short(repr(twice))} appears twice in one object; the last one counts")
         return result
 
     def constant(text: str) -> float:
         if text == "NaN":
-            problems.append("NaN is not JSON")
+            note("NaN is not JSON")
         return float(text)
 
     def number(text: str) -> float:
         value = float(text)
         if math.isinf(value):
-            problems.append(f"{_short(text)} is beyond the range of a double")
+            note(f"{_short(text)} is beyond the range of a double")
         return value
 
     brackets = text.count("[") + text.count("{") if len(text) > _TEXT_FROM else 0

@@ -6,6 +6,7 @@ exactly, without overlap or hole. Any departure is a `HeaderError`.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from sys import intern
@@ -129,9 +130,8 @@ def _parse(raw: bytes) -> dict[str, object]:
     def object_of(pairs: list[tuple[str, object]]) -> dict[str, object]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise HeaderError(f"{twice!r} appears twice in the header")
+            seen = Counter(name for name, _ in pairs)
+            raise HeaderError(f"{_short(seen.most_common(1)[0][0])} appears twice in the header")
         return result
 
     def no_constant(text: str) -> None:

@@ -60,7 +60,9 @@ def _read_weight_map(
         if not isinstance(shard, str):
             wrong += 1
             if wrong <= _MAX_NAMED:
-                problems.append(f"weight_map[{tensor!r}] is {str(shard)[:40]!r}, expected a name")
+                problems.append(
+                    f"weight_map[{tensor[:200]!r}] is {str(shard)[:40]!r}, expected a name"
+                )
             continue
         if shard not in shared and shard not in unsafe:
             why = unsafe_name(shard)

@@ -123,6 +123,15 @@ def test_a_name_that_appears_twice_is_refused(tmp_path: Path) -> None:
         read_bytes(tmp_path, framed(f'{{"x": {one}, "x": {one}}}'.encode()) + bytes(4))
 
 
+def test_a_repeated_name_among_many_is_found_without_a_hang(tmp_path: Path) -> None:
+    value = json.dumps(entry(0, 0))
+    text = ",".join(f'"{number}":{value}' for number in [*range(100_000), 99_999])
+    begin = time.perf_counter()
+    with pytest.raises(HeaderError, match="'99999' appears twice"):
+        read_bytes(tmp_path, framed(f"{{{text}}}".encode()))
+    assert time.perf_counter() - begin < 10
+
+
 def test_a_field_that_appears_twice_is_refused(tmp_path: Path) -> None:
     text = b'{"x": {"dtype": "U8", "dtype": "I8", "shape": [4], "data_offsets": [0, 4]}}'
     with pytest.raises(HeaderError, match="'dtype' appears twice"):

@@ -289,6 +289,12 @@ def test_nan_in_a_config_is_noted_and_the_rest_is_read(clone: CheckpointEditor) 
     assert checkpoint.architecture == "DeepseekV3ForCausalLM"
 
 
+def test_of_many_flaws_twenty_are_listed(clone: CheckpointEditor) -> None:
+    objects = ",".join(f'{{"k{number}": 1, "k{number}": 2}}' for number in range(1000))
+    clone.write_file("config.json", f'{{"x": [{objects}]}}')
+    assert len(open_checkpoint(clone.path).json_problems) == 20
+
+
 def test_infinity_is_what_transformers_writes_and_no_flaw(clone: CheckpointEditor) -> None:
     with clone.edit_json("config.json") as config:
         config["time_step_limit"] = [0.0, math.inf]
