@@ -12,6 +12,9 @@ Bit-exact with `nvfp4ref.nvfp4.dequantize` and `nvfp4ref.fp8_block.dequantize`, 
 With a global scale of 1 the NVFP4 values are those that the exact product multiplies.
 """
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
 import numba
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +31,9 @@ _PAIRS = np.array(
     [(e2m1.VALUES[byte & 15], e2m1.VALUES[byte >> 4]) for byte in range(256)], dtype=np.float32
 )
 _E4M3 = np.array(e4m3.VALUES, dtype=np.float32)
+
+#: Fewer values than this are not worth a thread of their own.
+_VALUES_A_THREAD = 2**20
 
 #: numpy's dtype for each torch dtype written; bfloat16 is written as its bits.
 _DTYPES: dict[torch.dtype, type[np.generic]] = {
@@ -57,7 +63,11 @@ def nvfp4(
     scale = np.float32(global_decode_scale)
     out = np.empty((rows, columns), dtype=_dtype(dtype))
     kernel = _nvfp4_to_bfloat16 if dtype == torch.bfloat16 else _nvfp4_to_float
-    kernel(packed_codes, block_scales, scale, _PAIRS, _E4M3, out)
+    _in_threads(
+        lambda n: kernel(packed_codes[n], block_scales[n], scale, _PAIRS, _E4M3, out[n]),
+        rows,
+        columns,
+    )
     return _tensor(out, dtype)
 
 
@@ -77,8 +87,26 @@ def fp8_block(
         )
     out = np.empty((rows, columns), dtype=_dtype(dtype))
     kernel = _fp8_to_bfloat16 if dtype == torch.bfloat16 else _fp8_to_float
-    kernel(elements, scale_inv, *FP8_BLOCK.block_shape, _E4M3, out)
+    height, width = FP8_BLOCK.block_shape
+    _in_threads(
+        lambda n: kernel(elements[n], scale_inv[n.start // height :], height, width, _E4M3, out[n]),
+        rows,
+        columns,
+    )
     return _tensor(out, dtype)
+
+
+def _in_threads(work: Callable[[slice], None], rows: int, columns: int) -> None:
+    """Call `work` on slices of the rows that together are all, on several threads if many."""
+    threads = min(torch.get_num_threads(), rows * columns // _VALUES_A_THREAD)
+    if threads <= 1:
+        return work(slice(0, rows))
+    height = FP8_BLOCK.block_shape[0]  # a slice begins at the border of a tile
+    step = -(-rows // (threads * height)) * height
+    slices = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    with ThreadPoolExecutor(len(slices)) as pool:
+        list(pool.map(work, slices))
+    return None
 
 
 def _dtype(dtype: torch.dtype) -> type[np.generic]:
@@ -120,29 +148,29 @@ def _to_bfloat16(bits, out):  # type: ignore[no-untyped-def]
         out[k] = np.uint16(0x7FC0) if is_nan else np.uint16(rounded)
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
+@numba.njit(cache=True, nogil=True)
 def _nvfp4_to_float(codes, scales, global_scale, pairs, e4m3_values, out):  # type: ignore[no-untyped-def]
-    for n in numba.prange(codes.shape[0]):
+    for n in range(codes.shape[0]):
         _nvfp4_row(codes[n], scales[n], global_scale, pairs, e4m3_values, out[n])
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
+@numba.njit(cache=True, nogil=True)
 def _nvfp4_to_bfloat16(codes, scales, global_scale, pairs, e4m3_values, out):  # type: ignore[no-untyped-def]
-    for n in numba.prange(codes.shape[0]):
+    for n in range(codes.shape[0]):
         row = np.empty(out.shape[1], dtype=np.float32)
         _nvfp4_row(codes[n], scales[n], global_scale, pairs, e4m3_values, row)
         _to_bfloat16(row.view(np.uint32), out[n])
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
+@numba.njit(cache=True, nogil=True)
 def _fp8_to_float(elements, scales, height, width, e4m3_values, out):  # type: ignore[no-untyped-def]
-    for n in numba.prange(elements.shape[0]):
+    for n in range(elements.shape[0]):
         _fp8_row(elements[n], scales[n // height], width, e4m3_values, out[n])
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
+@numba.njit(cache=True, nogil=True)
 def _fp8_to_bfloat16(elements, scales, height, width, e4m3_values, out):  # type: ignore[no-untyped-def]
-    for n in numba.prange(elements.shape[0]):
+    for n in range(elements.shape[0]):
         row = np.empty(out.shape[1], dtype=np.float32)
         _fp8_row(elements[n], scales[n // height], width, e4m3_values, row)
         _to_bfloat16(row.view(np.uint32), out[n])

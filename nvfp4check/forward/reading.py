@@ -103,16 +103,17 @@ def rows_of(weight: LogicalWeight, start: int, stop: int) -> LogicalWeight:
     parts: dict[Part, TensorEntry] = {}
     for part, entry in weight.parts.items():
         if part is Part.SCALE_INV:
-            parts[part] = _rows_of_entry(entry, start // height, -(-stop // height))
+            parts[part] = entry_rows(entry, start // height, -(-stop // height))
         elif part in (Part.CODES, Part.BLOCK_SCALES, Part.PLAIN):
-            parts[part] = _rows_of_entry(entry, start, stop)
+            parts[part] = entry_rows(entry, start, stop)
         else:
             parts[part] = entry
     name = f"{weight.name}[{start}:{stop}]"
     return replace(weight, name=name, parts=parts, shape=(stop - start, *weight.shape[1:]))
 
 
-def _rows_of_entry(entry: TensorEntry, start: int, stop: int) -> TensorEntry:
+def entry_rows(entry: TensorEntry, start: int, stop: int) -> TensorEntry:
+    """Return rows start to stop of a stored tensor as a tensor of its own."""
     row = entry.nbytes // entry.shape[0]
     return replace(
         entry,

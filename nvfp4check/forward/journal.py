@@ -1,0 +1,130 @@
+"""The run directory as a journal: what a killed run has done, and where it goes on.
+
+After each layer its recorded points are written, then the state that the next layer begins with,
+each file whole or not at all; the last state found is where a run continues. The state folder goes
+when the run is complete, unless layers of the model are left that a later run may add.
+"""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from nvfp4check.activations import (
+    RUN_FILE,
+    Run,
+    RunInfo,
+    layer_file,
+    leftovers,
+    write_info,
+    write_tensors,
+)
+from nvfp4check.findings import CheckError
+
+STATE_FOLDER = "state"
+_STATE = "hidden"
+
+#: What may differ between a run and its continuation: where the checkpoint lies, how far to go.
+_FREE = ("complete", "layers", "checkpoint")
+
+
+class Journal:
+    """One run directory being written."""
+
+    def __init__(self, run: Path, info: RunInfo) -> None:
+        self.run = run
+        self.info = info
+
+    @classmethod
+    def begin(cls, run: Path, info: RunInfo, *, resume: bool) -> "Journal":
+        """Start a run, or continue the one that is there.
+
+        Raises:
+            CheckError: The directory holds something else, or a run that was made differently.
+        """
+        first = info.layers[0] if info.layers else 0
+        if not (run / RUN_FILE).exists():
+            if run.exists() and (not run.is_dir() or any(run.iterdir())):
+                raise CheckError(f"{run}: is there and holds no run; give a new directory to --out")
+            if first:
+                raise CheckError(
+                    f"{run}: layers from {first} on continue a run that has computed those before; "
+                    f"there is none (begin with --layers 0:{first})"
+                )
+            write_info(run, info)
+            return cls(run, info)
+        if not resume:
+            raise CheckError(
+                f"{run}: holds a run already; continue it with --resume, or give a new directory"
+            )
+        found = Run.open(run, incomplete=True).info
+        _check_same(run, found, info)
+        for file in leftovers(run):
+            file.unlink(missing_ok=True)
+        journal = cls(run, replace(info, checkpoint=found.checkpoint, complete=False))
+        if first > journal.done:
+            raise CheckError(f"{run}: has layers up to {journal.done}, so --layers {first}: cannot")
+        if found.complete and found.layers == info.layers:
+            journal.info = found
+        else:
+            write_info(run, journal.info)
+        return journal
+
+    @property
+    def complete(self) -> bool:
+        """Whether all that was asked for is there."""
+        return self.info.complete
+
+    @property
+    def done(self) -> int:
+        """How many layers lie behind the last state."""
+        states = (self.run / STATE_FOLDER).glob("*.safetensors")
+        return max((int(state.stem) + 1 for state in states), default=0)
+
+    def load_state(self, device: torch.device) -> torch.Tensor:
+        """Return the hidden state after the last layer that was done, [T, D]."""
+        from safetensors.torch import load_file
+
+        return load_file(self._state(self.done - 1))[_STATE].to(device)
+
+    def layer_done(self, layer: int, points: dict[str, torch.Tensor], hidden: torch.Tensor) -> None:
+        """Write a layer's points, then the state after it."""
+        if points:
+            write_tensors(layer_file(self.run, layer), points)
+        write_tensors(self._state(layer), {_STATE: hidden})
+        if layer:
+            self._state(layer - 1).unlink(missing_ok=True)
+
+    def finish(self, *, whole_model: bool) -> None:
+        """Mark the run complete."""
+        self.info = replace(self.info, complete=True)
+        write_info(self.run, self.info)
+        if whole_model:
+            shutil.rmtree(self.run / STATE_FOLDER, ignore_errors=True)
+
+    def _state(self, layer: int) -> Path:
+        return self.run / STATE_FOLDER / f"{layer:03d}.safetensors"
+
+
+def _check_same(run: Path, found: RunInfo, asked: RunInfo) -> None:
+    """Refuse to continue a run that was made differently; all differences are named."""
+    before, now = found.to_json(), asked.to_json()
+    differ = [
+        f"{name} {before[name]!r} then, {now[name]!r} now"
+        for name in now
+        if name not in _FREE and _plain(before.get(name)) != _plain(now[name])
+    ]
+    if found.checkpoint.get("fingerprint") != asked.checkpoint.get("fingerprint"):
+        differ.append("another checkpoint (its headers differ)")
+    if differ:
+        raise CheckError(f"{run}: cannot be continued: {'; '.join(differ)}")
+
+
+def _plain(value: object) -> object:
+    """Return a value as JSON would give it back."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return value

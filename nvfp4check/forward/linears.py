@@ -1,0 +1,190 @@
+"""Linear layers over stored bytes, dequantised a few rows at a time.
+
+The arithmetic is that of `nvfp4ref.deepseek_v3.linear`, output row by output row. Products that
+are exact (STORED) have the reference's bits; others may be summed in another order within a row's
+float32 or float64 sum, as the shapes of the matrix products differ.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from nvfp4check import dequantize
+from nvfp4check.checkpoint.naming import LogicalWeight, Part, WeightFormat
+from nvfp4check.checkpoint.values import scalar_of, torch_of
+from nvfp4check.findings import CheckError
+from nvfp4check.forward.meter import Meter
+from nvfp4check.forward.reading import RawParts, ReadAhead, entry_rows
+from nvfp4ref import e4m3, fp8_block, matmul, nvfp4
+from nvfp4ref.conventions import Convention
+from nvfp4ref.deepseek_v3.linear import (
+    LinearMode,
+    fp8_block_product,
+    quantize_fp8_activations,
+)
+from nvfp4ref.deepseek_v3.norm import arithmetic
+from nvfp4ref.formats import BLOCK_SIZE, FP8_BLOCK
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearSettings:
+    """What all linears of a run have in common."""
+
+    mode: LinearMode
+    device: torch.device
+    #: Bytes of dequantised values held at one time.
+    chunk: int
+    #: `scale_fmt` of a DeepSeek FP8 checkpoint is ue8m0.
+    power_of_two_scales: bool
+
+
+class StreamedLinear:
+    """A stored weight that is read when it is first multiplied with.
+
+    Its bytes are let go after a product, unless it is `kept` for more of them.
+    """
+
+    def __init__(
+        self,
+        weight: LogicalWeight,
+        reader: ReadAhead,
+        settings: LinearSettings,
+        meter: Meter,
+        *,
+        kept: bool = False,
+    ) -> None:
+        self._weight = weight
+        self._reader = reader
+        self._settings = settings
+        self._meter = meter
+        self._kept = kept
+        self._raw: RawParts | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x [M, K] times the transposed weight, [M, N] in the dtype of x."""
+        raw = self._bytes()
+        stored = self._settings.mode is LinearMode.STORED
+        if Part.PRE_QUANT_SCALE in raw:
+            x = x * self._tensor(raw, Part.PRE_QUANT_SCALE).to(x.dtype)
+        if stored and self._weight.format is WeightFormat.NVFP4 and Part.INPUT_SCALE in raw:
+            return self._nvfp4_product(x, raw)
+        if stored and self._weight.format is WeightFormat.FP8_BLOCK:
+            return self._fp8_product(x, raw)
+        a = x.to(arithmetic(x.dtype))
+        product = self._by_rows(
+            a, lambda rows: self._values(raw, rows, x.dtype).to(a.dtype), lambda w: a @ w.T
+        )
+        return product.to(x.dtype)
+
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the weight [N, K]."""
+        return self._values(self._bytes(), slice(0, self._weight.shape[0]), dtype)
+
+    def _bytes(self) -> RawParts:
+        raw = self._raw if self._raw is not None else self._reader.take(self._weight)
+        self._raw = raw if self._kept else None
+        return raw
+
+    def _by_rows(
+        self,
+        a: torch.Tensor,
+        values: Callable[[slice], torch.Tensor],
+        product: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """Return the product [M, N], with the weight's values made a few rows at a time."""
+        rows, columns = self._weight.shape
+        height = FP8_BLOCK.block_shape[0]
+        step = max(1, self._settings.chunk // (columns * 8 * height)) * height
+        out = torch.empty(len(a), rows, dtype=a.dtype, device=a.device)
+        for start in range(0, rows, step):
+            chunk = slice(start, min(start + step, rows))
+            with self._meter.timing("dequantize"):
+                weight = values(chunk)
+            with self._meter.timing("multiply"):
+                out[:, chunk] = product(weight)
+        return out
+
+    def _nvfp4_product(self, x: torch.Tensor, raw: RawParts) -> torch.Tensor:
+        input_scale = self._scale(raw, Part.INPUT_SCALE)
+        with self._meter.timing("quantize"):
+            codes, scales = nvfp4.quantize(x.to(torch.float32), input_scale, Convention.ENGINE)
+            a = matmul.operand(codes, scales)
+        product = self._by_rows(
+            a, lambda rows: self._nvfp4(raw, rows, None, torch.float64), lambda w: a @ w.T
+        )
+        alpha = input_scale * self._scale(raw, Part.GLOBAL_SCALE)
+        return (alpha.double() * product).to(x.dtype)
+
+    def _fp8_product(self, x: torch.Tensor, raw: RawParts) -> torch.Tensor:
+        with self._meter.timing("quantize"):
+            a, a_scales = quantize_fp8_activations(x, self._settings.power_of_two_scales)
+        scales = self._tensor(raw, Part.SCALE_INV).to(torch.float32)
+        height = FP8_BLOCK.block_shape[0]
+        elements = raw[Part.CODES].reshape(self._weight.shape)
+        out = torch.empty(len(x), len(elements), dtype=torch.float64, device=x.device)
+        for start in range(0, len(elements), height):
+            with self._meter.timing("dequantize"):
+                weight = e4m3.decode(self._on_device(elements[start : start + height]))
+            with self._meter.timing("multiply"):
+                out[:, start : start + height] = fp8_block_product(
+                    a, a_scales, weight, scales[start // height, None]
+                )
+        return out.to(x.dtype)
+
+    def _values(self, raw: RawParts, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+        """Return some rows of the weight, dequantised and rounded to a dtype."""
+        if self._weight.format is WeightFormat.NVFP4:
+            return self._nvfp4(raw, rows, self._scale(raw, Part.GLOBAL_SCALE), dtype)
+        if self._weight.format is WeightFormat.FP8_BLOCK:
+            return self._fp8(raw, rows, dtype)
+        entry = self._weight.parts[Part.PLAIN]
+        some = entry_rows(entry, rows.start, rows.stop)
+        data = raw[Part.PLAIN][some.start - entry.start : some.stop - entry.start]
+        return torch_of(data, some).to(self._settings.device, dtype)
+
+    def _nvfp4(
+        self, raw: RawParts, rows: slice, scale: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Return rows of an NVFP4 weight; without a scale its codes times block scales."""
+        height, columns = self._weight.shape
+        codes = raw[Part.CODES].reshape(height, columns // 2)[rows]
+        scales = raw[Part.BLOCK_SCALES].reshape(height, columns // BLOCK_SIZE)[rows]
+        if self._settings.device.type == "cpu":
+            return dequantize.nvfp4(codes, scales, 1.0 if scale is None else float(scale), dtype)
+        one = torch.ones((), dtype=torch.float32, device=self._settings.device)
+        return nvfp4.dequantize(
+            self._on_device(codes),
+            self._on_device(scales).view(torch.float8_e4m3fn),
+            one if scale is None else scale,
+            dtype,
+        )
+
+    def _fp8(self, raw: RawParts, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+        height = FP8_BLOCK.block_shape[0]
+        blocks = slice(rows.start // height, -(-rows.stop // height))
+        elements = raw[Part.CODES].reshape(self._weight.shape)[rows]
+        scales = self._tensor(raw, Part.SCALE_INV).to(torch.float32)[blocks]
+        if self._settings.device.type == "cpu":
+            return dequantize.fp8_block(elements, scales.numpy(), dtype)
+        elements_there = self._on_device(elements).view(torch.float8_e4m3fn)
+        return fp8_block.dequantize(elements_there, scales, dtype)
+
+    def _scale(self, raw: RawParts, part: Part) -> torch.Tensor:
+        """Return a global scale as the multiplier that decodes, float32 []."""
+        entry = self._weight.parts[part]
+        try:
+            value = torch.tensor(scalar_of(raw[part], entry), dtype=torch.float32)
+        except ValueError as error:
+            raise CheckError(str(error)) from error
+        if self._weight.global_scale_is_reciprocal:
+            value = 1.0 / value
+        return value.to(self._settings.device)
+
+    def _tensor(self, raw: RawParts, part: Part) -> torch.Tensor:
+        return torch_of(raw[part], self._weight.parts[part]).to(self._settings.device)
+
+    def _on_device(self, data: npt.NDArray[np.uint8]) -> torch.Tensor:
+        return torch.from_numpy(data.copy()).to(self._settings.device)

@@ -1,0 +1,378 @@
+"""A forward run from beginning to end: layer by layer, all prompts at once."""
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import nvfp4check
+from nvfp4check.activations import (
+    HIDDEN,
+    ROUTER_POINTS,
+    TOKENS_FILE,
+    PromptInfo,
+    Run,
+    RunInfo,
+    write_tensors,
+)
+from nvfp4check.checkpoint.opening import Checkpoint, open_checkpoint
+from nvfp4check.findings import CheckError
+from nvfp4check.forward.budget import plan
+from nvfp4check.forward.head import Head, embed, write_logits
+from nvfp4check.forward.inventory import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    QUANTIZED_FORMATS,
+    check_weights,
+    needed,
+)
+from nvfp4check.forward.journal import Journal
+from nvfp4check.forward.linears import LinearSettings
+from nvfp4check.forward.meter import Meter
+from nvfp4check.forward.noise import perturbed
+from nvfp4check.forward.options import Activations, ForwardOptions, KvCache
+from nvfp4check.forward.reading import ReadAhead
+from nvfp4check.forward.source import StreamedSource
+from nvfp4check.tokens import Prompt, tokenize
+from nvfp4ref.deepseek_v3.cache import CacheFormat
+from nvfp4ref.deepseek_v3.config import DeepseekV3Config
+from nvfp4ref.deepseek_v3.linear import LinearMode
+from nvfp4ref.deepseek_v3.model import decoder_layer, empty_caches
+from nvfp4ref.deepseek_v3.norm import rms_norm
+
+ARCHITECTURE = "DeepseekV3ForCausalLM"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """A layer that is done: how far the run is, and what it has cost."""
+
+    layer: int
+    stop: int
+    bytes_read: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardResult:
+    """A finished run and where its time went."""
+
+    run: Run
+    meter: Meter
+    seconds: float
+    #: Layers computed by this call; a continued run has fewer than the model.
+    layers: int
+
+
+def ignore(step: Step) -> None:
+    """Report nothing."""
+
+
+def run_forward(
+    location: str | Path,
+    prompts: Sequence[Prompt],
+    out: Path,
+    options: ForwardOptions | None = None,
+    progress: Callable[[Step], None] = ignore,
+) -> ForwardResult:
+    """Compute a checkpoint's forward pass over prompts into a run directory.
+
+    Raises:
+        CheckError: The checkpoint, the prompts, the options or the directory do not allow it, or
+            values that are not finite appear.
+    """
+    options = options or ForwardOptions()
+    checkpoint = open_checkpoint(location)
+    pass_ = _Pass(checkpoint, prompts, options)
+    journal = Journal.begin(out, pass_.info, resume=options.resume)
+    start = time.perf_counter()
+    layers = 0 if journal.complete else pass_.compute(journal, progress)
+    return ForwardResult(
+        run=Run.open(out),
+        meter=pass_.meter,
+        seconds=time.perf_counter() - start,
+        layers=layers,
+    )
+
+
+@dataclass
+class _Points:
+    """Collects the recorded points of one layer, split by prompt."""
+
+    lengths: Mapping[str, int]
+    kept: Activations
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def record(self, point: str, value: torch.Tensor) -> None:
+        wanted = self.kept is Activations.ALL or (
+            self.kept is Activations.HIDDEN and point in (HIDDEN, *ROUTER_POINTS)
+        )
+        if wanted:
+            parts = torch.split(value, list(self.lengths.values()))
+            for prompt, part in zip(self.lengths, parts, strict=True):
+                self.tensors[f"{prompt}/{point}"] = part
+
+
+class _Pass:
+    """Everything that holds for all layers of a run."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, prompts: Sequence[Prompt], options: ForwardOptions
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.options = options
+        self.config = _config(checkpoint)
+        self.first, self.stop = options.layers.within(self.config.num_hidden_layers)
+        self.device = _device(options.device)
+        self.dtype = options.arithmetic.dtype
+        check_weights(checkpoint, self.config, range(self.stop))
+        self.mode = _mode(checkpoint, self.config, options.mode)
+        self.cache_format = _cache_format(checkpoint, options.kv_cache)
+        self.prompts = tokenize(prompts, checkpoint.storage, self.config.vocab_size)
+        self.tokens = {p.id: torch.tensor(p.tokens, dtype=torch.int64) for p in self.prompts}
+        self.lengths = {prompt: len(tokens) for prompt, tokens in self.tokens.items()}
+        self.forced = _forced_run(options.routing, self.tokens)
+        self.meter = Meter()
+
+    @property
+    def info(self) -> RunInfo:
+        """What run.json says."""
+        options = self.options
+        return RunInfo(
+            prompts=tuple(
+                PromptInfo(id=p.id, tokens=self.lengths[p.id], text=p.text) for p in self.prompts
+            ),
+            checkpoint={
+                "location": self.checkpoint.location,
+                "fingerprint": fingerprint(self.checkpoint),
+                "architecture": self.checkpoint.architecture,
+                "producer": self.checkpoint.quantization.producer,
+            },
+            config=dict(self.checkpoint.config or {}),
+            mode=str(self.mode),
+            kv_cache=str(options.kv_cache),
+            dtype=str(options.arithmetic),
+            device=str(self.device),
+            activations=str(options.activations),
+            logits=str(options.logits),
+            layers=(self.first, self.stop),
+            perturb=str(options.perturbation) if options.perturbation else None,
+            seed=options.seed if options.perturbation else None,
+            routing=str(options.routing) if options.routing else None,
+            versions={
+                "nvfp4check": nvfp4check.__version__,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+                "machine": platform.machine(),
+            },
+        )
+
+    def compute(self, journal: Journal, progress: Callable[[Step], None]) -> int:
+        """Compute from where the journal stands to the end; return how many layers that were."""
+        weights = [self.checkpoint.weights[n] for n in needed(self.config, range(self.stop))]
+        layer_bytes = max(w.nbytes for w in weights if w.name not in (EMBEDDING, HEAD))
+        budget = plan(
+            self.options.max_memory,
+            list(self.lengths.values()),
+            self.config,
+            8 if self.dtype == torch.float64 or self.mode is LinearMode.STORED else 4,
+            layer_bytes,
+        )
+        settings = LinearSettings(
+            mode=self.mode,
+            device=self.device,
+            chunk=budget.chunk,
+            power_of_two_scales=self.checkpoint.quantization.scale_fmt == "ue8m0",
+        )
+        write_tensors(journal.run / TOKENS_FILE, self.tokens)
+        with ReadAhead(self.checkpoint.storage, budget.ahead, self.meter) as reader:
+            source = StreamedSource(self.checkpoint, self.config, reader, settings, self.meter)
+            begin = journal.done
+            hidden = self._embedded() if begin == 0 else journal.load_state(self.device)
+            start = time.perf_counter()
+            for layer in range(begin, self.stop):
+                hidden, points = self._layer(hidden, layer, source)
+                journal.layer_done(layer, points, hidden)
+                spent = time.perf_counter() - start
+                progress(
+                    Step(
+                        layer=layer,
+                        stop=self.stop,
+                        bytes_read=self.meter.bytes_read,
+                        seconds=spent,
+                    )
+                )
+            whole_model = self.stop == self.config.num_hidden_layers
+            if whole_model:
+                norm = source.tensor(FINAL_NORM)
+                normed = rms_norm(hidden, norm, self.config.rms_norm_eps)
+                head = Head(source.weight(HEAD), reader, settings, self.meter)
+                write_logits(
+                    journal.run,
+                    self.lengths,
+                    normed,
+                    head,
+                    self.options.logits,
+                    self.config.vocab_size,
+                )
+        journal.finish(whole_model=whole_model)
+        return self.stop - begin
+
+    def _embedded(self) -> torch.Tensor:
+        tokens = torch.cat(list(self.tokens.values()))
+        embedded = embed(self.checkpoint, self.checkpoint.weights[EMBEDDING], tokens)
+        return embedded.to(self.device, self.dtype)
+
+    def _layer(
+        self, hidden: torch.Tensor, layer: int, source: StreamedSource
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the state after a layer and what was recorded of it."""
+        points = _Points(self.lengths, self.options.activations)
+        following = layer + 1 if layer + 1 < self.stop else None
+        caches = empty_caches(
+            len(self.prompts),
+            self.config,
+            self.dtype,
+            self.cache_format,
+            source.cache_scale(layer) if self.cache_format is CacheFormat.FP8 else 1.0,
+            self.device,
+        )
+        hidden, _ = decoder_layer(
+            hidden,
+            caches,
+            list(self.lengths.values()),
+            source.layer(layer, following),
+            self.config,
+            forced_experts=self._forced_experts(layer),
+            record=points.record,
+        )
+        if self.options.perturbation is not None:
+            hidden = self._perturbed(hidden, layer)
+            points.record(HIDDEN, hidden)
+        self._check_finite(hidden, layer)
+        return hidden, points.tensors
+
+    def _perturbed(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
+        perturbation, seed = self.options.perturbation, self.options.seed
+        if perturbation is None:
+            return hidden
+        parts = torch.split(hidden, list(self.lengths.values()))
+        return torch.cat(
+            [
+                perturbed(part, perturbation, seed, layer, prompt)
+                for prompt, part in zip(self.lengths, parts, strict=True)
+            ]
+        )
+
+    def _forced_experts(self, layer: int) -> torch.Tensor | None:
+        if self.forced is None or not self.config.is_moe(layer):
+            return None
+        experts = torch.cat(
+            [self.forced.point(layer, prompt, "router_experts") for prompt in self.lengths]
+        )
+        expected = (sum(self.lengths.values()), self.config.num_experts_per_tok)
+        if tuple(experts.shape) != expected or not (
+            int(experts.min()) >= 0 and int(experts.max()) < self.config.n_routed_experts
+        ):
+            raise CheckError(
+                f"{self.forced.layer_file(layer)}: router_experts {list(experts.shape)} up to "
+                f"{int(experts.max())}, expected {list(expected)} below "
+                f"{self.config.n_routed_experts}"
+            )
+        return experts.to(self.device)
+
+    def _check_finite(self, hidden: torch.Tensor, layer: int) -> None:
+        bad = ~hidden.isfinite().all(dim=-1)
+        if not bad.any():
+            return
+        parts = torch.split(bad, list(self.lengths.values()))
+        prompt, token = next(
+            (prompt, int(part.nonzero()[0]))
+            for prompt, part in zip(self.lengths, parts, strict=True)
+            if part.any()
+        )
+        raise CheckError(
+            f"layer {layer}: the state of {int(bad.sum())} of {len(bad)} tokens is not finite "
+            f"after it, first prompt {prompt!r}, token {token}; `nvfp4check validate` looks for "
+            "the weight"
+        )
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Return a sha256 over the configuration and the headers: names, dtypes, shapes, places."""
+    digest = hashlib.sha256()
+    documents = (checkpoint.config, checkpoint.hf_quant_config)
+    digest.update(json.dumps(documents, sort_keys=True).encode())
+    for name, entry in sorted(checkpoint.tensors.items()):
+        line = (name, entry.dtype, entry.shape, entry.shard, entry.start, entry.stop)
+        digest.update(repr(line).encode())
+    return f"headers-sha256:{digest.hexdigest()}"
+
+
+def _config(checkpoint: Checkpoint) -> DeepseekV3Config:
+    if checkpoint.architecture != ARCHITECTURE:
+        raise CheckError(
+            f"{checkpoint.location}: architecture {checkpoint.architecture!r}; this forward "
+            f"computes {ARCHITECTURE}"
+        )
+    try:
+        return DeepseekV3Config.from_dict(checkpoint.config or {})
+    except (ValueError, TypeError) as error:
+        raise CheckError(f"{checkpoint.location}: {error}") from error
+
+
+def _mode(checkpoint: Checkpoint, config: DeepseekV3Config, asked: LinearMode | None) -> LinearMode:
+    names = needed(config, range(config.num_hidden_layers))
+    quantized = [
+        name
+        for name in names
+        if name in checkpoint.weights and checkpoint.weights[name].format in QUANTIZED_FORMATS
+    ]
+    if asked is LinearMode.UNQUANTIZED and quantized:
+        raise CheckError(
+            f"--mode unquantized: {len(quantized):,} weights are quantised, first {quantized[0]}; "
+            "take weight-only or stored"
+        )
+    if asked is not None:
+        return asked
+    return LinearMode.STORED if quantized else LinearMode.UNQUANTIZED
+
+
+def _cache_format(checkpoint: Checkpoint, asked: KvCache) -> CacheFormat:
+    algo = checkpoint.quantization.kv_cache_algo
+    if asked is KvCache.NONE or algo is None:
+        return CacheFormat.COMPUTED
+    if algo == "FP8":
+        return CacheFormat.FP8
+    raise CheckError(
+        f"{checkpoint.location}: kv_cache_quant_algo {algo!r}; FP8 is computed, so give "
+        "--kv-cache none"
+    )
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CheckError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _forced_run(routing: Path | None, tokens: Mapping[str, torch.Tensor]) -> Run | None:
+    """Open the run whose experts are forced, after checking that it has the same tokens."""
+    if routing is None:
+        return None
+    run = Run.open(routing)
+    for prompt, expected in tokens.items():
+        if prompt not in run.prompts or not torch.equal(run.tokens(prompt), expected):
+            raise CheckError(f"{routing}: has not the same tokens for prompt {prompt!r}")
+    return run
