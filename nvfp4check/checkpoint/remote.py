@@ -8,6 +8,7 @@ A web server has no listing: its files are the known names, and the shards that 
 """
 
 import http.client
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -32,6 +33,17 @@ _KNOWN_FILES = (
     "README.md",
     "tokenizer.json",
     "tokenizer_config.json",
+)
+
+#: Base errors of the libraries that fsspec's file systems reach the network with.
+_BACKEND_ERRORS = (
+    ("aiohttp", "ClientError"),
+    ("botocore.exceptions", "BotoCoreError"),
+    ("botocore.exceptions", "ClientError"),
+    ("google.auth.exceptions", "GoogleAuthError"),
+    ("httpx", "HTTPError"),
+    ("httpx2", "HTTPError"),
+    ("requests", "RequestException"),
 )
 
 
@@ -246,14 +258,14 @@ class FsspecStorage(_RemoteStorage):
 
         try:
             self._system, self._root = fsspec.core.url_to_fs(self._location)
-        except (ImportError, ValueError) as error:
+        except _backend_errors(ImportError, ValueError) as error:
             extra = "; install nvfp4check[hub]" if self._location.startswith("hf://") else ""
             raise CheckError(f"{location}: cannot be opened: {error}{extra}") from error
 
     def _find(self) -> dict[str, int]:
         try:
             found = self._system.find(self._root, maxdepth=2, detail=True)
-        except (OSError, ValueError) as error:
+        except _backend_errors(ValueError) as error:
             raise CheckError(f"{self._location}: cannot be listed: {error}") from error
         if not found:
             raise CheckError(f"{self._location}: nothing is there")
@@ -271,6 +283,16 @@ class FsspecStorage(_RemoteStorage):
             data: bytes = self._system.cat_file(f"{self._root.rstrip('/')}/{name}", start, stop)
         except FileNotFoundError as error:
             raise StorageError(f"{self._location}/{name}: not there") from error
-        except OSError as error:
+        except _backend_errors() as error:
             raise _RetryableError(str(error) or type(error).__name__) from error
         return data
+
+
+def _backend_errors(*more: type[Exception]) -> tuple[type[Exception], ...]:
+    """The base errors of the network libraries that are loaded; most are no OSError."""
+    found = [OSError, *more]
+    for module, name in _BACKEND_ERRORS:
+        error = getattr(sys.modules.get(module), name, None)
+        if isinstance(error, type) and issubclass(error, Exception):
+            found.append(error)
+    return tuple(found)

@@ -193,3 +193,16 @@ def test_a_url_with_nothing_in_it_and_an_unknown_one_are_said_to_be_so() -> None
         open_checkpoint("memory://nowhere")
     with pytest.raises(CheckError, match="gopher://host/x: cannot be opened"):
         open_checkpoint("gopher://host/x")
+
+
+def test_a_hub_that_cannot_be_reached_is_an_error_and_no_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.hf_file_system.constants.ENDPOINT", "http://127.0.0.1:9")
+    fsspec.get_filesystem_class("hf").clear_instance_cache()
+    with pytest.raises(CheckError, match="hf://org/name"):
+        open_checkpoint("hf://org/name@main")
+    with pytest.raises(CheckError, match="hf://onlyname"):
+        open_checkpoint("hf://onlyname")
