@@ -75,6 +75,23 @@ def split_ids(values: list[str] | None) -> tuple[str, ...]:
     return tuple(part for part in parts if part)
 
 
+def require_writable(output: Path | None) -> None:
+    """Check before the work, and not after it, that the result will have a place.
+
+    Raises:
+        CheckError: The directory is not there or cannot be written, or the path is a directory.
+    """
+    if output is None or (output.exists() and not output.is_file() and not output.is_dir()):
+        return
+    directory = output.resolve().parent
+    if output.is_dir():
+        raise CheckError(f"cannot write {output}: it is a directory; give --output a file")
+    if not directory.is_dir():
+        raise CheckError(f"cannot write {output}: there is no directory {directory}; make it first")
+    if not os.access(directory, os.W_OK):
+        raise CheckError(f"cannot write {output}: {directory} is not yours to write in")
+
+
 def write(text: str, output: Path | None) -> None:
     """Write a result to a file, atomically, or to stdout.
 

@@ -47,9 +47,7 @@ def rules_document(ids: tuple[str, ...] = ()) -> dict[str, Any]:
     """
     from nvfp4check.checkpoint.rules import RULES
 
-    for prefix in ids:
-        if not any(identifier.startswith(prefix) for identifier in RULES):
-            raise CheckError(unknown_rule(prefix, RULES))
+    require_rules(ids)
     return {
         "schema": "nvfp4check/rules/1",
         "tool": {"name": "nvfp4check", "version": nvfp4check.__version__},
@@ -62,8 +60,20 @@ def rules_document(ids: tuple[str, ...] = ()) -> dict[str, Any]:
     }
 
 
-def unknown_rule(prefix: str, known: "dict[str, Rule]") -> str:
-    """Return what to say to someone who named a rule that is not there."""
+def require_rules(ids: tuple[str, ...]) -> None:
+    """Check that each id is one of a rule, or the beginning of one.
+
+    Raises:
+        CheckError: One is not; the message names those that come near.
+    """
+    from nvfp4check.checkpoint.rules import RULES
+
+    for prefix in ids:
+        if not any(identifier.startswith(prefix) for identifier in RULES):
+            raise CheckError(_unknown_rule(prefix, RULES))
+
+
+def _unknown_rule(prefix: str, known: "dict[str, Rule]") -> str:
     from difflib import get_close_matches
 
     names = {rule.name.upper(): rule.id for rule in known.values()}

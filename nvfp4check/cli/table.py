@@ -15,5 +15,6 @@ class Entry(NamedTuple):
 
 
 COMMANDS: dict[str, Entry] = {
+    "validate": Entry("nvfp4check.cli.validate", "Is this checkpoint sound?"),
     "rules": Entry("nvfp4check.cli.rules", "What each rule of validate checks, and the repair."),
 }

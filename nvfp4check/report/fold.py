@@ -83,6 +83,7 @@ def place(finding: FindingRecord) -> str:
     parts = [visible(name) for name in names if name and name not in message]
     if finding.get("offset") is not None:
         parts.append(f"byte {finding['offset']:,}")
-    if (finding.get("count") or 0) > 1:
-        parts.append(f"{finding['count']:,} in all")
+    count = finding.get("count") or 0
+    if count > 1 and not {f"{count}", f"{count:,}"} & set(message.split()):
+        parts.append(f"{count:,} in all")
     return ", ".join(parts)

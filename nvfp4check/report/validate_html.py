@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nvfp4check.report.coverage import coverage_sentences
 from nvfp4check.report.fold import count_by_severity, findings_text, fold
 from nvfp4check.report.histograms import Plot
 from nvfp4check.report.model_map import model_map
@@ -32,6 +33,7 @@ def validate_html(
         "validate.html.j2",
         document=document,
         summary=findings_text(count_by_severity(findings)),
+        said=list(coverage_sentences(document)),
         folds=fold(findings),
         at_once=SHOWN_AT_ONCE,
         shown=SHOWN_PER_FOLD,

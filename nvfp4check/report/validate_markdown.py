@@ -6,7 +6,8 @@ from typing import Any
 
 from tabulate import tabulate
 
-from nvfp4check.report.fold import count_by_severity, findings_text, fold, place, plural, size_text
+from nvfp4check.report.coverage import coverage_sentences
+from nvfp4check.report.fold import count_by_severity, findings_text, fold, place, size_text
 from nvfp4check.report.visible import value_text, visible
 
 #: Characters that Markdown or the HTML inside it would act upon.
@@ -53,11 +54,7 @@ def _lines(document: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield "## Coverage"
     yield ""
-    yield (
-        f"{coverage['tensors_checked']:,} of {plural(coverage['tensors'], 'tensor')} checked, "
-        f"{size_text(coverage['bytes_checked'])} of their data read, "
-        f"{plural(len(coverage['rules']), 'rule')} run, {document['seconds']:.1f} s."
-    )
+    yield " ".join(coverage_sentences(document))
     yield ""
     if coverage["skipped"]:
         rows = [[markdown(entry["what"]), markdown(entry["why"])] for entry in coverage["skipped"]]

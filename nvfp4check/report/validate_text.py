@@ -5,6 +5,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from nvfp4check.report.coverage import coverage_sentences
 from nvfp4check.report.fold import (
     FindingRecord,
     Fold,
@@ -92,13 +93,8 @@ def _finding_lines(finding: FindingRecord) -> Iterator[str]:
 
 
 def _coverage(document: Mapping[str, Any]) -> Iterator[str]:
-    coverage = document["coverage"]
-    yield (
-        f"Checked {coverage['tensors_checked']:,} of {plural(coverage['tensors'], 'tensor')}, "
-        f"{size_text(coverage['bytes_checked'])} of their data, by "
-        f"{plural(len(coverage['rules']), 'rule')}, in {document['seconds']:.1f} s."
-    )
-    skipped = coverage["skipped"]
+    yield from coverage_sentences(document)
+    skipped = document["coverage"]["skipped"]
     if not skipped:
         yield "Nothing was skipped."
         return

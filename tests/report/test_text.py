@@ -31,7 +31,8 @@ def test_a_sound_checkpoint_is_a_pass_without_findings(passed: Document) -> None
         "nvfp4                  1,234\n"
         "bf16                      56\n"
         "\n"
-        "Checked 2,000 of 2,000 tensors, 5.00 MB of their data, by 5 rules, in 12.3 s.\n"
+        "Checked the headers of 2,000 tensors and the bytes of 2,000 of them "
+        "(5.00 MB of codes and scales), by 5 rules, in 12.3 s.\n"
         "Nothing was skipped.\n"
     )
 
@@ -60,13 +61,43 @@ def test_folding_loses_no_finding(failed: Document) -> None:
 def test_a_finding_shows_its_place_and_both_values(failed: Document) -> None:
     said = validate_text(failed)
     where = "model.layers.5.mlp.experts.3.up_proj.weight, model-00001-of-00002.safetensors"
-    assert f"    at: {where}, byte 123,456, 812 in all\n" in said
+    assert f"    at: {where}, byte 123,456\n" in said
     assert "    observed: 812\n    expected: 0\n" in said
 
 
 def test_a_place_does_not_repeat_what_the_message_names() -> None:
     finding = {"message": "a.weight is missing", "tensor": "a.weight", "shard": "1.safetensors"}
     assert place(finding) == "1.safetensors"
+
+
+def test_a_place_does_not_repeat_the_count_either() -> None:
+    finding = {"message": "1,812 of 2,000 blocks", "count": 1812}
+    assert place(finding) == ""
+    assert place(finding | {"count": 812}) == "812 in all"
+
+
+def test_a_run_at_level_headers_claims_no_bytes(passed: Document) -> None:
+    passed["coverage"]["level"] = "headers"
+    passed["coverage"]["bytes_checked"] = 0
+    assert "Checked the headers of 2,000 tensors, by 5 rules" in validate_text(passed)
+
+
+@pytest.mark.parametrize("render", RENDERERS)
+def test_a_sample_says_what_it_may_have_missed(
+    render: Callable[[Document], str], passed: Document
+) -> None:
+    passed["coverage"]["sample"] = {
+        "fraction": 0.1,
+        "seed": 7,
+        "groups": 50,
+        "groups_read": 5,
+        "weights": 200,
+        "weights_read": 20,
+        "missed": [{"defective_groups": 1, "probability": 0.9}],
+    }
+    said = render(passed)
+    assert "20 of 200 weights, in 5 of 50 groups" in said
+    assert "A defect in 1 group is missed with probability 0.9." in said
 
 
 @pytest.mark.parametrize("render", RENDERERS)

@@ -1,0 +1,167 @@
+"""`nvfp4check validate CKPT`: is this checkpoint sound?"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nvfp4check.cli.command import command, make_app
+from nvfp4check.cli.options import (
+    CheckpointArgument,
+    FindingsFormatOption,
+    OutputOption,
+    chosen_format,
+    require_writable,
+    split_ids,
+    wants_color,
+    write,
+)
+from nvfp4check.cli.progress import progress_bar
+from nvfp4check.cli.rules import require_rules, rules_document
+from nvfp4check.report.formats import Format
+from nvfp4check.report.render import Extras, render
+
+if TYPE_CHECKING:
+    from nvfp4check.checkpoint.opening import Checkpoint
+    from nvfp4check.checkpoint.validation import Progress
+
+app = make_app()
+
+
+class Level(StrEnum):
+    """How much is read."""
+
+    HEADERS = "headers"
+    BYTES = "bytes"
+
+
+class FailOn(StrEnum):
+    """The least severity that fails the run."""
+
+    ERROR = "error"
+    WARNING = "warning"
+
+
+class EngineName(StrEnum):
+    """Where the work is done."""
+
+    LOCAL = "local"
+
+
+@command(
+    app,
+    examples=(
+        "nvfp4check validate ./model",
+        "nvfp4check validate ./model --level headers",
+        "nvfp4check validate ./model --select NV2,NV3 --ignore NV205",
+        "nvfp4check validate ./model --jobs 8 --output report.html",
+        "nvfp4check validate ./model --sample 0.05 --format json",
+    ),
+)
+def validate(
+    checkpoint: CheckpointArgument,
+    level: Annotated[
+        Level,
+        typer.Option(help="headers: read headers and JSON only. bytes: also every code and scale."),
+    ] = Level.BYTES,
+    select: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ID[,ID]", help="Run these rules; NV2 means all that begin so."),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ID[,ID]", help="Leave these rules out."),
+    ] = None,
+    fail_on: Annotated[
+        FailOn, typer.Option(help="The least severity that makes the exit code 1.")
+    ] = FailOn.ERROR,
+    sample: Annotated[
+        float,
+        typer.Option(
+            metavar="FRACTION",
+            help="Read the bytes of this share of the weights, and say what that may miss.",
+        ),
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Which sample is drawn.")] = 0,
+    tp: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Also check that N-way tensor parallel shards end on borders of blocks.",
+            show_default=False,
+        ),
+    ] = None,
+    jobs: Annotated[int, typer.Option(metavar="N", min=1, help="Processes that read bytes.")] = 1,
+    engine: Annotated[EngineName, typer.Option(help="Where the work is done.")] = EngineName.LOCAL,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="What counts the bytes.")] = "cpu",
+    allow_skips: Annotated[
+        bool,
+        typer.Option("--allow-skips", help="Exit with 0 though something could not be checked."),
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")
+    ] = False,
+    format: FindingsFormatOption = None,
+    output: OutputOption = None,
+) -> int:
+    """Check a checkpoint against every rule, and say what is wrong, where, and what was covered.
+
+    A finding at or above --fail-on makes the exit code 1; something that could not be checked
+    makes it 2, unless --allow-skips is given.
+    """
+    selected, ignored = split_ids(select), split_ids(ignore)
+    require_rules((*selected, *ignored))
+    require_writable(output)
+
+    from nvfp4check.checkpoint.opening import open_checkpoint
+    from nvfp4check.checkpoint.rules.base import RuleLevel
+    from nvfp4check.checkpoint.validation import ValidationOptions, exit_code
+    from nvfp4check.checkpoint.validation import validate as run
+    from nvfp4check.findings import Severity
+
+    least = Severity(fail_on.value)
+    options = ValidationOptions(
+        level=RuleLevel(level.value),
+        select=selected,
+        ignore=ignored,
+        fail_on=least,
+        tp=tp,
+        sample=sample,
+        seed=seed,
+        jobs=jobs,
+        device=device,
+        resume=resume,
+    )
+    opened = open_checkpoint(checkpoint)
+    with _progress() as progress:
+        result = run(opened, options, progress)
+    into = chosen_format(format, output)
+    extras = _extras(opened, into, color=wants_color(output), fail_on=fail_on.value)
+    write(render(result.to_json(), into, extras), output)
+    return exit_code(result, least, allow_skips)
+
+
+@contextmanager
+def _progress() -> "Iterator[Progress | None]":
+    """Give what the run reports its progress to: a bar for the bytes, none for the rules."""
+    with progress_bar("Reading", in_bytes=True) as bar:
+
+        def report(stage: str, done: int, total: int) -> None:
+            if bar is not None and stage == "bytes":
+                bar(done, total)
+
+        yield report if bar is not None else None
+
+
+def _extras(checkpoint: "Checkpoint", into: Format, *, color: bool, fail_on: str) -> Extras:
+    """Collect what the format shows beside the findings."""
+    rules: dict[str, Any] = {}
+    weights: dict[str, str] = {}
+    if into in (Format.HTML, Format.SARIF):
+        rules = {rule["id"]: rule for rule in rules_document()["rules"]}
+    if into is Format.HTML:
+        weights = {name: weight.format.value for name, weight in checkpoint.weights.items()}
+    return Extras(color=color, rules=rules, weights=weights, fail_on=fail_on)
