@@ -290,7 +290,7 @@ class FsspecStorage(_RemoteStorage):
 
 def _backend_errors(*more: type[Exception]) -> tuple[type[Exception], ...]:
     """The base errors of the network libraries that are loaded; most are no OSError."""
-    found = [OSError, *more]
+    found: list[type[Exception]] = [OSError, *more]
     for module, name in _BACKEND_ERRORS:
         error = getattr(sys.modules.get(module), name, None)
         if isinstance(error, type) and issubclass(error, Exception):
