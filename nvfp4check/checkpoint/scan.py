@@ -190,7 +190,8 @@ def scan_bytes(
     blocks, squares, _ = (tally.joint[:, column] for column in range(3))
     present = np.flatnonzero(blocks)
     defective = tally.has_unfilled or any(
-        byte >= 0x80 or is_nan_scale(byte) or (byte == 0 and squares[0]) for byte in present
+        byte >= 0x80 or is_nan_scale(byte) or (byte == 0 and squares[0])
+        for byte in present.tolist()
     )
     finite, total, total_squares = tally.moments()
     matrix = scales.reshape(-1, row_blocks)

@@ -45,6 +45,7 @@ _BIASED = [_BIAS + half for half in HALVES] + [_BIAS - half for half in HALVES]
 _U = np.uint64
 _numba: Any = _config
 _declare: Any = cgutils.get_or_insert_function
+_intrinsic: Callable[..., Any] = intrinsic
 _M1, _M3, _M5, _M7 = (_U(0x1111111111111111 * n) for n in (1, 3, 5, 7))
 _MA, _MC = _U(0xAAAAAAAAAAAAAAAA), _U(0xCCCCCCCCCCCCCCCC)
 
@@ -75,7 +76,7 @@ def _jit(function: Callable[..., Any]) -> Callable[..., Any]:
         return cast("Callable[..., Any]", numba.njit(nogil=True, error_model="numpy")(function))
 
 
-@intrinsic
+@_intrinsic
 def _ones(typing_context: Any, word: Any) -> Any:
     """Number of bits set in a uint64."""
 
@@ -90,7 +91,7 @@ def _pointer(context: Any, builder: Any, kind: Any, array: Any, at: Any, form: A
     return builder.bitcast(builder.gep(data, [at]), form.as_pointer())
 
 
-@intrinsic
+@_intrinsic
 def _word(typing_context: Any, octets: Any, block: Any) -> Any:
     """Bytes 8 * block to 8 * block + 7, the first one lowest, at any address."""
 
@@ -103,7 +104,7 @@ def _word(typing_context: Any, octets: Any, block: Any) -> Any:
     return types.uint64(octets, types.int64), lower
 
 
-@intrinsic
+@_intrinsic
 def _pack_vector(typing_context: Any, codes: Any, first: Any, numbers: Any, seen: Any) -> Any:
     """Pack the numbers of one vector of blocks, and note blocks that are live without a six."""
 

@@ -3,7 +3,11 @@
 from collections.abc import Iterable
 
 from nvfp4check.checkpoint.rules import (
+    block_scales,
     blocks,
+    codes,
+    fusion,
+    global_scales,
     metadata,
     serving,
     storage,
@@ -19,6 +23,10 @@ _GROUPS: tuple[tuple[Rule, ...], ...] = (
     structure.RULES,
     stored_form.RULES,
     blocks.RULES,
+    block_scales.RULES,
+    global_scales.RULES,
+    codes.RULES,
+    fusion.RULES,
     metadata.RULES,
     serving.RULES,
 )
