@@ -13,7 +13,12 @@ from nvfp4check.findings import CheckError
 from nvfp4check.report.formats import Format, format_of
 
 CheckpointArgument = Annotated[
-    str, typer.Argument(metavar="CKPT", help="A checkpoint: a local directory.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="CKPT",
+        help="A checkpoint: a directory, or a URL: hf://org/name, or one that fsspec opens.",
+        show_default=False,
+    ),
 ]
 
 OutputOption = Annotated[

@@ -18,13 +18,22 @@ SEVERITIES = ("error", "warning", "info")
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """Findings of one rule about tensors of one kind, in the order they came."""
+    """The findings of one rule, by kind of tensor, in the order in which the kinds came."""
 
     rule: str
     name: str
     severity: str
-    kind: str
-    findings: tuple[FindingRecord, ...]
+    kinds: dict[str, list[FindingRecord]]
+
+    @property
+    def findings(self) -> list[FindingRecord]:
+        """All of them, kind by kind."""
+        return [finding for findings in self.kinds.values() for finding in findings]
+
+    @property
+    def kind(self) -> str:
+        """The kind of tensor, where it is the same for all."""
+        return next(iter(self.kinds)) if len(self.kinds) == 1 else ""
 
 
 def kind_of(tensor: str | None) -> str:
@@ -33,17 +42,13 @@ def kind_of(tensor: str | None) -> str:
 
 
 def fold(findings: Iterable[FindingRecord]) -> list[Fold]:
-    """Group findings by severity, rule and kind of tensor, keeping the order of the first ones."""
-    groups: dict[tuple[str, str, str, str], list[FindingRecord]] = {}
+    """Group findings by severity and rule, and within a rule by kind of tensor."""
+    folds: dict[tuple[str, str, str], Fold] = {}
     for finding in findings:
-        key = (
-            finding["rule"],
-            finding["name"],
-            finding["severity"],
-            kind_of(finding.get("tensor")),
-        )
-        groups.setdefault(key, []).append(finding)
-    return [Fold(*key, tuple(members)) for key, members in groups.items()]
+        key = (finding["rule"], finding["name"], finding["severity"])
+        kinds = folds.setdefault(key, Fold(*key, {})).kinds
+        kinds.setdefault(kind_of(finding.get("tensor")), []).append(finding)
+    return list(folds.values())
 
 
 def count_by_severity(findings: Iterable[FindingRecord]) -> dict[str, int]:

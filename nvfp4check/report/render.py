@@ -122,6 +122,30 @@ def _rules_html(document: Document, extras: Extras) -> str:
     return render_page("rules.html.j2", document=document)
 
 
+def _forward_text(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.forward_text import forward_text
+
+    return forward_text(document)
+
+
+def _forward_markdown(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.forward_text import forward_text
+
+    return forward_text(document, "github")
+
+
+def _forward_html(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.forward_text import PROMPT_HEADERS, forward_facts, forward_rows
+    from nvfp4check.report.page import render_page
+
+    return render_page(
+        "forward.html.j2",
+        facts=forward_facts(document),
+        headers=PROMPT_HEADERS,
+        rows=forward_rows(document),
+    )
+
+
 _RENDERERS: dict[tuple[str, Format], Renderer] = {
     ("validate", Format.TEXT): _validate_text,
     ("validate", Format.MARKDOWN): _validate_markdown,
@@ -131,4 +155,7 @@ _RENDERERS: dict[tuple[str, Format], Renderer] = {
     ("rules", Format.TEXT): _rules_text,
     ("rules", Format.MARKDOWN): _rules_markdown,
     ("rules", Format.HTML): _rules_html,
+    ("forward", Format.TEXT): _forward_text,
+    ("forward", Format.MARKDOWN): _forward_markdown,
+    ("forward", Format.HTML): _forward_html,
 }

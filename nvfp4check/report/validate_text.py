@@ -18,8 +18,8 @@ from nvfp4check.report.fold import (
 )
 from nvfp4check.report.visible import value_text, visible
 
-#: How many findings of one fold are written out before `… and N more`.
-SHOWN_PER_FOLD = 2
+#: Of how many kinds of tensor a rule's first finding is written out before `… and N more`.
+SHOWN_KINDS = 3
 
 #: How many skipped things are written out before `… and N more`.
 SHOWN_SKIPPED = 10
@@ -75,11 +75,16 @@ def _fold_lines(group: Fold, color: bool) -> Iterator[str]:
     head = f"{group.severity} {group.rule} {group.name}"
     total = len(group.findings)
     yield _paint(head, group.severity, color) + (f" ({total:,} findings)" if total > 1 else "")
-    for finding in group.findings[:SHOWN_PER_FOLD]:
-        yield from _finding_lines(finding)
-    if total > SHOWN_PER_FOLD:
-        of = f" of {visible(group.kind, 100)}" if group.kind else ""
-        yield f"  … and {total - SHOWN_PER_FOLD:,} more{of}"
+    kinds = list(group.kinds.items())
+    for kind, findings in kinds[:SHOWN_KINDS]:
+        yield from _finding_lines(findings[0])
+        if len(findings) > 1:
+            of = f" of {visible(kind, 100)}" if kind else ""
+            yield f"    … and {len(findings) - 1:,} more{of}"
+    rest = kinds[SHOWN_KINDS:]
+    if rest:
+        left = sum(len(findings) for _, findings in rest)
+        yield f"  … and {left:,} more of {plural(len(rest), 'other kind')}"
 
 
 def _finding_lines(finding: FindingRecord) -> Iterator[str]:

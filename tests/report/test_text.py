@@ -47,10 +47,21 @@ def test_what_was_skipped_is_said_with_the_reason(
     assert "no model card" in said
 
 
-def test_repeats_are_folded_and_counted(failed: Document) -> None:
+def test_repeats_of_one_kind_are_folded_and_counted(failed: Document) -> None:
     said = validate_text(failed)
-    assert said.count("not in the checkpoint, and the architecture needs it") == 2
-    assert "… and 198 more of model.layers.*.mlp.experts.*.down_proj.weight_scale" in said
+    assert "error NV101 tensor-missing (200 findings)\n" in said
+    assert said.count("not in the checkpoint, and the architecture needs it") == 1
+    assert "… and 199 more of model.layers.*.mlp.experts.*.down_proj.weight_scale\n" in said
+
+
+def test_a_rule_with_many_kinds_shows_the_first_and_counts_the_others(failed: Document) -> None:
+    first = failed["findings"][0]
+    failed["findings"] = [
+        first | {"tensor": f"model.{letter}.{n}.weight"} for letter in "abcdef" for n in range(5)
+    ]
+    said = validate_text(failed)
+    assert [f"model.{letter}.0.weight" in said for letter in "abcdef"] == [True] * 3 + [False] * 3
+    assert "  … and 15 more of 3 other kinds\n" in said
 
 
 def test_folding_loses_no_finding(failed: Document) -> None:
