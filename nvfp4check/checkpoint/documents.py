@@ -17,7 +17,7 @@ MAX_JSON_BYTES = 100_000_000
 #: Above this size a document must be mostly text, as an index is: so that no small file makes the
 #: parser build millions of objects.
 _TEXT_FROM = 10_000_000
-_BYTES_A_BRACKET = 16
+_CHARACTERS_A_MARK = 16
 #: Flaws that are listed; a document with more of them is no better described by all.
 _MAX_PROBLEMS = 20
 #: Nesting that is accepted; a deeper document could not even be walked.
@@ -64,9 +64,10 @@ def parse_json(text: str) -> tuple[dict[str, object] | None, list[str]]:
             note(f"{_short(text)} is beyond the range of a double")
         return value
 
-    brackets = text.count("[") + text.count("{") if len(text) > _TEXT_FROM else 0
-    if brackets * _BYTES_A_BRACKET > len(text):
-        return None, [f"{brackets:,} brackets in {len(text):,} characters: not read"]
+    if len(text) > _TEXT_FROM:
+        marks = max(text.count("[") + text.count("{"), text.count(","))
+        if marks * _CHARACTERS_A_MARK > len(text):
+            return None, [f"{marks:,} brackets or commas in {len(text):,} characters: not read"]
     try:
         document = json.loads(
             text, object_pairs_hook=object_of, parse_constant=constant, parse_float=number

@@ -15,11 +15,15 @@ from nvfp4check.checkpoint.storage import Storage, StorageError
 
 #: The safetensors library refuses longer headers.
 MAX_HEADER_BYTES = 100_000_000
-#: Above this size a header must have the density of one: an entry of a tensor takes at least 50
-#: bytes and three brackets, so that no small file makes the reader build millions of objects.
+#: Above this size a header must have the density of one, so that no file makes the reader build
+#: objects by the ten million: an entry with a name of 40 characters takes 100 bytes, and has three
+#: brackets and five commas.
 _DENSE_FROM = 10_000_000
-_BYTES_A_BRACKET = 16
+_BYTES_A_MARK = 16
 _MAX_ELEMENTS = 2**63
+#: torch itself stops at 64.
+_MAX_DIMENSIONS = 64
+_MAX_MESSAGE = 600
 
 #: Bits of an element by safetensors dtype.
 DTYPE_BITS = {
@@ -49,7 +53,15 @@ DTYPE_BITS = {
 
 
 class HeaderError(ValueError):
-    """A shard's header cannot be believed: what was found, and what was expected."""
+    """A shard's header cannot be believed: what was found, and what was expected.
+
+    The message is cut where a hostile name would make it endless.
+    """
+
+    def __init__(self, message: str) -> None:
+        if len(message) > _MAX_MESSAGE:
+            message = f"{message[: _MAX_MESSAGE // 2]} … {message[-_MAX_MESSAGE // 2 :]}"
+        super().__init__(message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +133,13 @@ def read_header(storage: Storage, shard: str) -> ShardHeader:
 def _parse(raw: bytes) -> dict[str, object]:
     if raw[:1] != b"{":
         raise HeaderError(f"header begins with {raw[:1]!r}, expected '{{'")
-    brackets = raw.count(b"[") + raw.count(b"{")
-    if len(raw) > _DENSE_FROM and brackets * _BYTES_A_BRACKET > len(raw):
-        raise HeaderError(
-            f"{brackets:,} brackets in a header of {len(raw):,} bytes: not a list of tensors"
-        )
+    if len(raw) > _DENSE_FROM:
+        brackets, commas = raw.count(b"[") + raw.count(b"{"), raw.count(b",")
+        if max(brackets, commas) * _BYTES_A_MARK > len(raw):
+            raise HeaderError(
+                f"{brackets:,} brackets and {commas:,} commas in a header of {len(raw):,} bytes: "
+                "not a list of tensors"
+            )
 
     def object_of(pairs: list[tuple[str, object]]) -> dict[str, object]:
         result = dict(pairs)
@@ -191,6 +205,10 @@ def _fields(name: str, value: object) -> tuple[str, tuple[int, ...], int, int]:
     if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
         raise HeaderError(
             f"{name}: shape {_short(shape)}, expected a list of sizes, each 0 to 2^63"
+        )
+    if len(shape) > _MAX_DIMENSIONS:
+        raise HeaderError(
+            f"{name}: shape has {len(shape):,} dimensions, expected at most {_MAX_DIMENSIONS}"
         )
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         raise HeaderError(f"{name}: data_offsets {_short(offsets)}, expected two offsets")
