@@ -7,7 +7,7 @@ time and cannot lock.
 """
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Self
@@ -29,10 +29,14 @@ RawParts = Mapping[Part, npt.NDArray[np.uint8]]
 class ReadAhead:
     """Reads announced weights in their order, in one thread."""
 
-    def __init__(self, storage: Storage, limit: int, meter: Meter) -> None:
+    def __init__(
+        self, storage: Storage, limit: int, meter: Meter, taken: Callable[[], None] = lambda: None
+    ) -> None:
         self._storage = storage
         self._limit = limit
         self._meter = meter
+        #: Called after each weight that was taken.
+        self._taken = taken
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         #: Announced, and not handed to the thread for lack of room.
         self._announced: deque[LogicalWeight] = deque()
@@ -66,6 +70,7 @@ class ReadAhead:
                     self._announced.remove(weight)
                 parts = self._read(weight)
         self._meter.bytes_read += weight.nbytes
+        self._taken()
         self._hand_over()
         return parts
 

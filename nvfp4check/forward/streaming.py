@@ -30,6 +30,7 @@ from nvfp4check.forward.inventory import (
     FINAL_NORM,
     HEAD,
     QUANTIZED_FORMATS,
+    Inventory,
     check_weights,
     needed,
 )
@@ -52,12 +53,14 @@ ARCHITECTURE = "DeepseekV3ForCausalLM"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """A layer that is done: how far the run is, and what it has cost."""
+    """How far a run is."""
 
+    #: The layer being computed; `stop` once all are done.
     layer: int
     stop: int
     bytes_read: int
-    seconds: float
+    #: In all, with as many experts as tokens spread evenly would reach.
+    bytes_expected: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +121,41 @@ class _Points:
             parts = torch.split(value, list(self.lengths.values()))
             for prompt, part in zip(self.lengths, parts, strict=True):
                 self.tensors[f"{prompt}/{point}"] = part
+
+
+class _Reach:
+    """Reckons how much is left to read."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: DeepseekV3Config,
+        begin: int,
+        stop: int,
+        tokens: int,
+    ) -> None:
+        self.layer = begin
+        self._stop = stop
+        untouched = (1 - config.num_experts_per_tok / config.n_routed_experts) ** tokens
+        self._sizes: list[int] = []
+        for layer in range(stop):
+            inventory = Inventory(layer, config)
+            names = inventory.all_names(config.n_routed_experts)
+            fixed = sum(checkpoint.weights[name].nbytes for name in inventory.names)
+            experts = sum(checkpoint.weights[name].nbytes for name in names) - fixed
+            self._sizes.append(fixed + int(experts * (1 - untouched)))
+        whole = stop == config.num_hidden_layers
+        self._head = checkpoint.weights[HEAD].nbytes if whole else 0
+
+    def step(self, bytes_read: int) -> Step:
+        """Return how far the run is after so many bytes."""
+        left = sum(self._sizes[self.layer + 1 :]) + (self._head if self.layer < self._stop else 0)
+        return Step(
+            layer=self.layer,
+            stop=self._stop,
+            bytes_read=bytes_read,
+            bytes_expected=bytes_read + left,
+        )
 
 
 class _Pass:
@@ -193,23 +231,20 @@ class _Pass:
             power_of_two_scales=self.checkpoint.quantization.scale_fmt == "ue8m0",
         )
         write_tensors(journal.run / TOKENS_FILE, self.tokens)
-        with ReadAhead(self.checkpoint.storage, budget.ahead, self.meter) as reader:
+        begin = journal.done
+        reach = _Reach(self.checkpoint, self.config, begin, self.stop, sum(self.lengths.values()))
+
+        def taken() -> None:
+            progress(reach.step(self.meter.bytes_read))
+
+        with ReadAhead(self.checkpoint.storage, budget.ahead, self.meter, taken) as reader:
             source = StreamedSource(self.checkpoint, self.config, reader, settings, self.meter)
-            begin = journal.done
             hidden = self._embedded() if begin == 0 else journal.load_state(self.device)
-            start = time.perf_counter()
             for layer in range(begin, self.stop):
+                reach.layer = layer
                 hidden, points = self._layer(hidden, layer, source)
                 journal.layer_done(layer, points, hidden)
-                spent = time.perf_counter() - start
-                progress(
-                    Step(
-                        layer=layer,
-                        stop=self.stop,
-                        bytes_read=self.meter.bytes_read,
-                        seconds=spent,
-                    )
-                )
+            reach.layer = self.stop
             whole_model = self.stop == self.config.num_hidden_layers
             if whole_model:
                 norm = source.tensor(FINAL_NORM)

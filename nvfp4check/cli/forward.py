@@ -1,0 +1,228 @@
+"""`nvfp4check forward CKPT`: the reference forward pass, layer by layer from disk."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import nvfp4check
+from nvfp4check.cli.command import command, make_app
+from nvfp4check.cli.exit_codes import ExitCode
+from nvfp4check.cli.options import (
+    CheckpointArgument,
+    OutputOption,
+    PlainFormatOption,
+    chosen_format,
+    write,
+)
+from nvfp4check.cli.progress import progress_bar
+from nvfp4check.report.render import render
+
+if TYPE_CHECKING:
+    from nvfp4check.forward.options import ForwardOptions
+    from nvfp4check.forward.streaming import ForwardResult
+    from nvfp4check.tokens import Prompt
+
+app = make_app()
+
+
+class Mode(StrEnum):
+    """What quantised weights mean for the product."""
+
+    STORED = "stored"
+    WEIGHT_ONLY = "weight-only"
+    UNQUANTIZED = "unquantized"
+
+
+class Kept(StrEnum):
+    """Which points are kept."""
+
+    NONE = "none"
+    HIDDEN = "hidden"
+    ALL = "all"
+
+
+class Cache(StrEnum):
+    """What keys and values pass through."""
+
+    STORED = "stored"
+    NONE = "none"
+
+
+class Dtype(StrEnum):
+    """The dtype of activations."""
+
+    FLOAT32 = "float32"
+    FLOAT64 = "float64"
+    BFLOAT16 = "bfloat16"
+
+
+class EngineName(StrEnum):
+    """Where the work is done."""
+
+    LOCAL = "local"
+
+
+@command(
+    app,
+    examples=(
+        "nvfp4check forward ./model --out run",
+        'nvfp4check forward ./model --text "Hello, my name is" --activations all --out run',
+        "nvfp4check forward ./model --prompts prompts.jsonl --logits topk:20 --out run --resume",
+        "nvfp4check forward ./model --perturb ulp:bfloat16 --seed 1 --out noise",
+    ),
+)
+def forward(
+    checkpoint: CheckpointArgument,
+    out: Annotated[
+        Path,
+        typer.Option(metavar="RUN", help="The run directory to write.", show_default=False),
+    ],
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help='JSON lines with "id" and "text" or "tokens". [default: the model card\'s four]',
+            show_default=False,
+        ),
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(metavar="STR", help="A prompt; may be repeated.", show_default=False),
+    ] = None,
+    activations: Annotated[
+        Kept,
+        typer.Option(help="Points of each layer to keep; hidden has the router's choice with it."),
+    ] = Kept.NONE,
+    mode: Annotated[
+        Mode | None,
+        typer.Option(
+            help="stored: as an engine computes, activations quantised. weight-only: weights "
+            "dequantised. unquantized: for BF16. [default: stored if any weight is quantised]",
+            show_default=False,
+        ),
+    ] = None,
+    kv_cache: Annotated[
+        Cache, typer.Option(help="stored: through the format that the checkpoint declares.")
+    ] = Cache.STORED,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the activations.")] = Dtype.FLOAT32,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, or cuda.")] = "cpu",
+    max_memory: Annotated[
+        float, typer.Option(metavar="GIB", min=0.1, help="Memory to take at most, in GiB.")
+    ] = 4.0,
+    layers: Annotated[
+        str, typer.Option(metavar="A:B", help="Layers A to B-1 only; continue with --resume.")
+    ] = "0:",
+    logits: Annotated[
+        str, typer.Option(metavar="KEEP", help="full, topk:N, or hidden (the state before them).")
+    ] = "full",
+    perturb: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ulp:DTYPE",
+            help="Noise as rounding to DTYPE makes it, for a noise floor.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Which noise.")] = 0,
+    routing: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN", help="Force the experts that another run chose.", show_default=False
+        ),
+    ] = None,
+    engine: Annotated[EngineName, typer.Option(help="Where the work is done.")] = EngineName.LOCAL,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    format: PlainFormatOption = None,
+    output: OutputOption = None,
+) -> int:
+    """Compute what the checkpoint computes, streamed from disk in bounded memory.
+
+    The run directory is its own journal: killed at any moment, the same command with --resume ends
+    with the same bytes.
+    """
+    from nvfp4check.forward.options import (
+        Activations,
+        Arithmetic,
+        ForwardOptions,
+        KvCache,
+        LayerRange,
+        Logits,
+        Perturbation,
+    )
+    from nvfp4ref.deepseek_v3.linear import LinearMode
+
+    options = ForwardOptions(
+        mode=LinearMode(mode.value) if mode else None,
+        kv_cache=KvCache(kv_cache.value),
+        arithmetic=Arithmetic(dtype.value),
+        device=device,
+        activations=Activations(activations.value),
+        logits=Logits.parse(logits),
+        layers=LayerRange.parse(layers),
+        perturbation=Perturbation.parse(perturb) if perturb else None,
+        seed=seed,
+        routing=routing,
+        max_memory=int(max_memory * 2**30),
+        resume=resume,
+    )
+    result = _run(checkpoint, _prompts(prompts, text or []), out, options)
+    write(render(forward_document(result), chosen_format(format, output)), output)
+    return ExitCode.HOLDS
+
+
+def _prompts(file: Path | None, texts: list[str]) -> "list[Prompt]":
+    from nvfp4check.tokens import MODEL_CARD_PROMPTS, check_ids, prompts_of_texts, read_prompts
+
+    found = read_prompts(file) if file is not None else []
+    if texts or file is None:
+        found += prompts_of_texts(texts or MODEL_CARD_PROMPTS)
+    check_ids(found, "--prompts and --text")
+    return found
+
+
+def _run(
+    checkpoint: str, prompts: "list[Prompt]", out: Path, options: "ForwardOptions"
+) -> "ForwardResult":
+    from nvfp4check.forward.streaming import Step, run_forward
+
+    with progress_bar("Forward", in_bytes=True) as bar:
+
+        def report(step: Step) -> None:
+            if bar is not None:
+                bar(step.bytes_read, step.bytes_expected)
+
+        return run_forward(checkpoint, prompts, out, options, report)
+
+
+def forward_document(result: "ForwardResult") -> dict[str, Any]:
+    """Return what a run was and cost, as a JSON document."""
+    info = result.run.info
+    return {
+        "schema": "nvfp4check/forward/1",
+        "tool": {"name": "nvfp4check", "version": nvfp4check.__version__},
+        "run": str(result.run.path),
+        "checkpoint": info.checkpoint,
+        "mode": info.mode,
+        "kv_cache": info.kv_cache,
+        "dtype": info.dtype,
+        "layers": info.layers,
+        "layers_computed": result.layers,
+        "bytes_read": result.meter.bytes_read,
+        "seconds": round(result.seconds, 3),
+        "seconds_by_work": {k: round(v, 3) for k, v in sorted(result.meter.seconds.items())},
+        "prompts": [
+            {"id": prompt.id, "tokens": prompt.tokens, "text": prompt.text, **_next(result, i)}
+            for i, prompt in enumerate(info.prompts)
+        ],
+    }
+
+
+def _next(result: "ForwardResult", index: int) -> dict[str, Any]:
+    """Return the likeliest next token of a prompt and its probability, where the run has logits."""
+    run = result.run
+    if not run.has_logits:
+        return {}
+    last = run.logits(run.prompts[index])[-1].double().softmax(dim=-1)
+    return {"next_token": int(last.argmax()), "next_probability": round(float(last.max()), 6)}
