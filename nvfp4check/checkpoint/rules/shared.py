@@ -100,6 +100,7 @@ class Absence:
     def __init__(self, checkpoint: Checkpoint) -> None:
         index = checkpoint.index
         self._placed: Mapping[str, str] = index.weight_map if index is not None else {}
+        self._tensors = checkpoint.tensors
         lost = {*checkpoint.unreadable, *checkpoint.missing_shards}
         if index is not None:
             lost |= index.unsafe.keys()
@@ -112,8 +113,8 @@ class Absence:
         )
 
     def explained(self, *names: str) -> bool:
-        """Whether the index places one of the names somewhere: then NV001 to NV003 tell of it."""
-        return any(name in self._placed for name in names)
+        """Whether the index places one of the absent names: then NV001 to NV003 tell of it."""
+        return any(name in self._placed and name not in self._tensors for name in names)
 
     @property
     def uncertain(self) -> bool:

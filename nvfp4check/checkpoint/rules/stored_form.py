@@ -79,10 +79,13 @@ def wrong_dtype(context: RuleContext) -> Iterator[Problem]:
             "NV104 wrong-dtype, of tensors that are no part of NVFP4",
             f"{context.why_nothing_is_expected} (NV606)",
         )
+    tensors = {} if context.expected is None else context.expected.tensors
+    linears = {} if context.expected is None else context.expected.linears
     for name, weight in context.checkpoint.weights.items():
-        if is_nvfp4(weight, declared):
+        quantisable = name not in tensors or weight.module in linears
+        if quantisable and is_nvfp4(weight, declared):
             yield from _wrong_parts(weight)
-        elif context.expected is not None and name in context.expected.tensors:
+        elif name in tensors:
             yield from _wrong_place(context, weight, declared)
 
 
@@ -254,10 +257,13 @@ def partner_missing(context: RuleContext) -> Iterator[Problem]:
     checkpoint = context.checkpoint
     absence = Absence(checkpoint)
     nvfp4 = checkpoint.quantization.is_nvfp4 or bool(nvfp4_weights(checkpoint))
+    declared = usable_declaration(checkpoint)
     for weight in checkpoint.weights.values():
+        algo = None if declared is None else declared.algo_of(weight.module)
+        fp8 = declared is None or (algo is not None and algo.startswith("FP8"))
         missing = [
             part
-            for part in _missing_parts(weight, nvfp4)
+            for part in _missing_parts(weight, nvfp4, fp8)
             if not absence.explained(*(f"{weight.module}.{name}" for name in _NAMES[part]))
         ]
         if not missing:
@@ -276,12 +282,17 @@ def partner_missing(context: RuleContext) -> Iterator[Problem]:
         )
 
 
-def _missing_parts(weight: LogicalWeight, nvfp4: bool) -> list[Part]:
-    """List the parts that a weight lacks, given those it has."""
+def _missing_parts(weight: LogicalWeight, nvfp4: bool, fp8: bool) -> list[Part]:
+    """List the parts that a weight lacks, given those it has.
+
+    Where NVFP4 or FP8 has no place, a weight of its dtype is none of it, and NV104's.
+    """
     parts = weight.parts
     if Part.CODES not in parts:
         return [Part.CODES] if any(part in parts for part in _SCALES) else []
-    if weight.format in _FP8_FORMATS and Part.GLOBAL_SCALE not in parts:
+    if len(weight.shape) < 2:
+        return []
+    if weight.format in _FP8_FORMATS and Part.GLOBAL_SCALE not in parts and fp8:
         scaled = any(part in parts for part in (Part.SCALE, Part.SCALE_INV, Part.BLOCK_SCALES))
         return [] if scaled else [Part.SCALE_INV]
     if weight.format is not WeightFormat.NVFP4 or not nvfp4:
