@@ -15,6 +15,7 @@ from nvfp4check.cli.command import Ending
 from nvfp4check.cli.exit_codes import ExitCode
 from nvfp4check.cli.table import COMMANDS, Entry
 from nvfp4check.findings import CheckError
+from nvfp4check.report.visible import visible
 
 PROGRAM = "nvfp4check"
 
@@ -96,7 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ending.code == ExitCode.INTERRUPTED:
             return _interrupted()
     except CheckError as error:
-        print(f"nvfp4check: error: {error}", file=sys.stderr)
+        # Line by line: a message may have several, and a name in it may come from a checkpoint.
+        message = "\n".join(visible(line) for line in str(error).split("\n"))
+        print(f"nvfp4check: error: {message}", file=sys.stderr)
     except KeyboardInterrupt:
         return _interrupted()
     except Exception:  # the boundary of the program: see above

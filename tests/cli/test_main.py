@@ -47,6 +47,14 @@ def test_what_cannot_be_checked_is_one_line_and_exit_code_2(run: Run, planted: A
     assert ran.out == ""
 
 
+def test_a_message_moves_no_cursor(run: Run, planted: Any) -> None:
+    def refuse() -> int:
+        raise CheckError("a\x1b[2Jb\nc\u202ed\re")
+
+    planted(refuse)
+    assert run("planted").err == "nvfp4check: error: a\\x1b[2Jb\nc\\u202ed\\x0de\n"
+
+
 @pytest.mark.parametrize(
     "error", [RuntimeError("boom"), AssertionError(), MemoryError(), EOFError(), typer.Abort()]
 )
