@@ -9,6 +9,10 @@ from collections.abc import Sequence
 
 #: Name to (module, one line of help).
 BENCHES: dict[str, tuple[str, str]] = {
+    "bytepass": (
+        "nvfp4check.bench.bytepass",
+        "the byte pass against the speed at which the same files are merely read",
+    ),
     "exhaustive": (
         "nvfp4check.bench.exhaustive",
         "all 2**32 float32 values through E2M1 and E4M3, against independent casts",

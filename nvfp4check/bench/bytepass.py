@@ -1,0 +1,198 @@
+"""The byte pass against the speed at which the same files are merely read.
+
+A checkpoint of NVFP4 weights is written (or given), brought into the page cache, and then, in one
+run and with as many processes each time: its mapped pages are summed as 64-bit words, its files
+are read() into a buffer of 1 MiB, and its weights are scanned.
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nvfp4check import __version__
+from nvfp4check.checkpoint.opening import Checkpoint, open_checkpoint
+from nvfp4check.checkpoint.scan import default_counter, scan, why_not_scannable
+from nvfp4check.checkpoint.scan_tally import count_with_numpy
+from nvfp4check.checkpoint.writing import TensorSpec, encode_header, frame_header
+
+SCHEMA = "nvfp4check/bench-bytepass/1"
+_ROWS, _COLUMNS = 7168, 2048  # down_proj of one expert of DeepSeek-V3
+_MAPPED_PIECE = 1 << 22
+_BUFFER = 1 << 20
+
+
+def write_checkpoint(directory: Path, size: int) -> None:
+    """Write shards of Gaussian-like NVFP4 experts, `size` bytes together, every byte real."""
+    rng = np.random.default_rng(0)
+    codes, scales = _weight(rng)
+    one = codes.nbytes + scales.nbytes
+    experts = max(1, size // one)
+    for shard, first in enumerate(range(0, experts, 64)):
+        specs: list[TensorSpec] = []
+        for expert in range(first, min(first + 64, experts)):
+            name = f"model.layers.3.mlp.experts.{expert}.down_proj.weight"
+            specs += [
+                TensorSpec(name, "U8", (_ROWS, _COLUMNS // 2)),
+                TensorSpec(f"{name}_scale", "F8_E4M3", (_ROWS, _COLUMNS // 16)),
+            ]
+        path = directory / f"model-{shard + 1:05d}.safetensors"
+        with path.open("wb") as file:
+            file.write(frame_header(encode_header(specs)))
+            for expert in range(len(specs) // 2):
+                shift = 16 * (first + expert)
+                file.write(np.roll(codes, shift).tobytes())
+                file.write(np.roll(scales, shift // 8).tobytes())
+
+
+def _weight(rng: np.random.Generator) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Codes of a Gaussian under block scaling, with a six in each block, and scales."""
+    share = (0.067, 0.131, 0.125, 0.117, 0.160, 0.169, 0.150, 0.081)
+    magnitudes = rng.choice(8, size=_ROWS * _COLUMNS, p=share).astype(np.uint8)
+    magnitudes[::16] = 7
+    nibbles = magnitudes | (rng.integers(0, 2, magnitudes.size, dtype=np.uint8) << 3)
+    scales = np.clip(rng.normal(0x68, 6, magnitudes.size // 16), 1, 0x7E).astype(np.uint8)
+    return nibbles[0::2] | (nibbles[1::2] << 4), scales
+
+
+def _touch(checkpoint: Checkpoint, shard: str) -> None:
+    """Sum every mapped byte of a shard as 64-bit words."""
+    view = checkpoint.storage.view(shard)
+    if view is None:
+        raise ValueError(f"{shard}: is not mapped")
+    whole = np.frombuffer(view, np.uint8)
+    words = whole[: whole.size - whole.size % 8].view("<u8")
+    for start in range(0, words.size, _MAPPED_PIECE // 8):
+        np.add.reduce(words[start : start + _MAPPED_PIECE // 8])
+
+
+def _read(checkpoint: Checkpoint, shard: str) -> None:
+    """Read a shard into one small buffer."""
+    buffer = bytearray(_BUFFER)
+    with (Path(checkpoint.location) / shard).open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+
+
+def _scan(checkpoint: Checkpoint, shard: str) -> None:
+    """Scan the weights of a shard."""
+    for weight in checkpoint.weights.values():
+        if why_not_scannable(weight) is None and weight.entries[0].shard == shard:
+            scan(checkpoint, weight)
+
+
+_WAYS: dict[str, Callable[[Checkpoint, str], None]] = {
+    "mapped": _touch,
+    "read": _read,
+    "scan": _scan,
+}
+
+
+def _worker(location: str, way: str, shards: list[str], gate: Any, done: Any) -> None:
+    checkpoint = open_checkpoint(location)
+    _ = checkpoint.weights
+    if way == "scan":
+        counter = default_counter()
+        from nvfp4check.checkpoint.scan_tally import Tally
+
+        counter(np.zeros(512, np.uint8), np.zeros(64, np.uint8), Tally())  # compile beforehand
+    gate.wait()
+    started = time.perf_counter()
+    for shard in shards:
+        _WAYS[way](checkpoint, shard)
+    seconds = time.perf_counter() - started
+    done.put((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, _anonymous()))
+
+
+def _anonymous() -> int:
+    """Bytes of memory of its own, page cache excluded; 0 where the system does not tell."""
+    try:
+        text = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    return int(fields.get("RssAnon", "0 kB").split()[0]) * 1024
+
+
+def measure(location: str, way: str, processes: int) -> dict[str, float]:
+    """Run one way over all shards; seconds of the slowest process, and its memory."""
+    shards = sorted(open_checkpoint(location).shards)
+    context = multiprocessing.get_context("spawn")
+    gate, done = context.Barrier(processes), context.Queue()
+    workers = [
+        context.Process(target=_worker, args=(location, way, shards[i::processes], gate, done))
+        for i in range(processes)
+    ]
+    for worker in workers:
+        worker.start()
+    results = [done.get(timeout=3600) for _ in workers]
+    for worker in workers:
+        worker.join()
+    seconds, peak, anonymous = (max(column) for column in zip(*results, strict=True))
+    return {"seconds": seconds, "peak_rss_bytes": peak, "anonymous_bytes": anonymous}
+
+
+def report(location: str, processes: Sequence[int], repeats: int) -> dict[str, Any]:
+    """Measure every way with each number of processes, the fastest of some repeats."""
+    size = sum(header.file_size for header in open_checkpoint(location).shards.values())
+    for way in ("read",):
+        measure(location, way, 1)  # into the page cache
+    runs = []
+    for count in processes:
+        best: dict[str, dict[str, float]] = {}
+        for _ in range(repeats):
+            for way in _WAYS:  # in turn, so that a busy machine slows all alike
+                found = measure(location, way, count)
+                if way not in best or found["seconds"] < best[way]["seconds"]:
+                    best[way] = found
+        speed = {way: size / found["seconds"] / 1e9 for way, found in best.items()}
+        runs.append(
+            {
+                "processes": count,
+                "gb_per_second": speed,
+                "scan_to_mapped": speed["scan"] / speed["mapped"],
+                "scan_to_read": speed["scan"] / speed["read"],
+                "scan_peak_rss_bytes": best["scan"]["peak_rss_bytes"],
+                "scan_anonymous_bytes": best["scan"]["anonymous_bytes"],
+            }
+        )
+    counter = "numpy" if default_counter() is count_with_numpy else "numba"
+    return {
+        "schema": SCHEMA,
+        "tool": {"name": "nvfp4check", "version": __version__},
+        "bytes": size,
+        "counter": counter,
+        "runs": runs,
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write or take a checkpoint, measure, and print JSON."""
+    parser = argparse.ArgumentParser(prog="python -m nvfp4check.bench bytepass")
+    parser.add_argument("--checkpoint", help="measure this one instead of writing one")
+    parser.add_argument("--gib", type=float, default=2.0, help="size of the one to write")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args(argv)
+    made = None
+    if options.checkpoint is None:
+        made = Path(tempfile.mkdtemp(prefix="nvfp4check-bytepass-"))
+    try:
+        if made is not None:
+            write_checkpoint(made, int(options.gib * 2**30))
+        found = report(options.checkpoint or str(made), options.processes, options.repeats)
+    finally:
+        if made is not None:
+            shutil.rmtree(made)
+    json.dump(found, sys.stdout, indent=2)
+    print()
+    return 0
