@@ -17,7 +17,6 @@ import json
 import multiprocessing
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -34,6 +33,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tabulate import tabulate
 
 import nvfp4check
+from nvfp4check.cli.options import require_writable, write
 from nvfp4check.findings import CheckError
 from nvfp4ref import e2m1, e4m3
 from nvfp4ref.formats import E4M3
@@ -241,15 +241,6 @@ def _first(difference: Difference | None) -> str:
     )
 
 
-def _write(text: str, output: Path | None) -> None:
-    if output is None:
-        print(text)
-        return
-    with tempfile.NamedTemporaryFile("w", dir=output.parent, delete=False) as file:
-        file.write(text + "\n")
-    os.replace(file.name, output)
-
-
 def _integer(text: str) -> int:
     """Read decimal, 0x or 0b."""
     return int(text, 0)
@@ -284,13 +275,15 @@ def main(argv: Sequence[str]) -> int:
         parser.error("stride and jobs are at least 1")
     began = time.perf_counter()
     try:
+        require_writable(options.output)
         outcome = run(options.start, options.stop, options.stride, options.jobs)
+        seconds = time.perf_counter() - began
+        if options.format == "json":
+            text = json.dumps(to_json(outcome, seconds), indent=2)
+        else:
+            text = to_text(outcome, seconds)
+        write(f"{text}\n", options.output)
     except CheckError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    seconds = time.perf_counter() - began
-    if options.format == "json":
-        _write(json.dumps(to_json(outcome, seconds), indent=2), options.output)
-    else:
-        _write(to_text(outcome, seconds), options.output)
     return 1 if outcome.differences else 0
