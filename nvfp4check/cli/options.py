@@ -43,6 +43,13 @@ FindingsFormatOption = Annotated[
 ]
 
 
+class Level(StrEnum):
+    """How much of a checkpoint is read."""
+
+    HEADERS = "headers"
+    BYTES = "bytes"
+
+
 class PlainFormat(StrEnum):
     """The formats of a command whose result is no list of findings."""
 

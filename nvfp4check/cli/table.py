@@ -17,5 +17,6 @@ class Entry(NamedTuple):
 COMMANDS: dict[str, Entry] = {
     "validate": Entry("nvfp4check.cli.validate", "Is this checkpoint sound?"),
     "forward": Entry("nvfp4check.cli.forward", "The reference forward pass, streamed from disk."),
+    "inspect": Entry("nvfp4check.cli.inspect", "What is in this checkpoint?"),
     "rules": Entry("nvfp4check.cli.rules", "What each rule of validate checks, and the repair."),
 }

@@ -11,6 +11,7 @@ from nvfp4check.cli.command import command, make_app
 from nvfp4check.cli.options import (
     CheckpointArgument,
     FindingsFormatOption,
+    Level,
     OutputOption,
     chosen_format,
     require_writable,
@@ -21,6 +22,7 @@ from nvfp4check.cli.options import (
 from nvfp4check.cli.progress import progress_bar
 from nvfp4check.cli.rules import require_rules, rules_document
 from nvfp4check.report.formats import Format
+from nvfp4check.report.histograms import Plot, weight_plots
 from nvfp4check.report.render import Extras, render
 
 if TYPE_CHECKING:
@@ -28,13 +30,6 @@ if TYPE_CHECKING:
     from nvfp4check.checkpoint.validation import Progress
 
 app = make_app()
-
-
-class Level(StrEnum):
-    """How much is read."""
-
-    HEADERS = "headers"
-    BYTES = "bytes"
 
 
 class FailOn(StrEnum):
@@ -139,7 +134,7 @@ def validate(
     with _progress() as progress:
         result = run(opened, options, progress)
     into = chosen_format(format, output)
-    extras = _extras(opened, into, color=wants_color(output), fail_on=fail_on.value)
+    extras = _extras(opened, level, into, color=wants_color(output), fail_on=fail_on.value)
     write(render(result.to_json(), into, extras), output)
     return exit_code(result, least, allow_skips)
 
@@ -156,12 +151,20 @@ def _progress() -> "Iterator[Progress | None]":
         yield report if bar is not None else None
 
 
-def _extras(checkpoint: "Checkpoint", into: Format, *, color: bool, fail_on: str) -> Extras:
+def _extras(
+    checkpoint: "Checkpoint", level: Level, into: Format, *, color: bool, fail_on: str
+) -> Extras:
     """Collect what the format shows beside the findings."""
     rules: dict[str, Any] = {}
     weights: dict[str, str] = {}
+    plots: list[Plot] = []
     if into in (Format.HTML, Format.SARIF):
         rules = {rule["id"]: rule for rule in rules_document()["rules"]}
     if into is Format.HTML:
         weights = {name: weight.format.value for name, weight in checkpoint.weights.items()}
-    return Extras(color=color, rules=rules, weights=weights, fail_on=fail_on)
+    if into is Format.HTML and level is Level.BYTES:
+        from nvfp4check.checkpoint.inspection import inspect
+
+        held = inspect(checkpoint)
+        plots = weight_plots(held.code_histogram, held.scale_histogram)
+    return Extras(color=color, rules=rules, weights=weights, histograms=plots, fail_on=fail_on)

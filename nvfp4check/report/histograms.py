@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from nvfp4ref.formats import E2M1, E4M3, ElementFormat
+
 #: A bar that stands for anything at all is drawn at least this high, in per cent.
 _LEAST_HEIGHT = 0.7
 
@@ -41,3 +43,73 @@ def histogram(
         for label, count in counts.items()
     )
     return Plot(title, caption, bars, tuple(counts if ticks is None else ticks))
+
+
+def code_label(code: int) -> str:
+    """Return the value of an E2M1 code as people write it: `-1.5`."""
+    return _label(E2M1, code)
+
+
+def scale_label(byte: int) -> str:
+    """Return the value of an E4M3 byte as people write it, or `NaN`."""
+    return "NaN" if byte in E4M3.nan_codes else _label(E4M3, byte)
+
+
+def code_counts(counts: Sequence[int]) -> dict[str, int]:
+    """Return the counts of the 16 codes by value, from -6 to 6."""
+    negative, positive = range(15, 7, -1), range(8)
+    return {code_label(code): counts[code] for code in (*negative, *positive)}
+
+
+def scale_counts(counts: Sequence[int]) -> dict[str, int]:
+    """Return the counts of the scale bytes by power of two, zero, negative and NaN apart.
+
+    A row `2**3` holds the scales from 8 to below 16.
+    """
+    positive = [byte for byte in range(1, E4M3.sign_bit) if byte not in E4M3.nan_codes]
+    rows = {"0": counts[0] + counts[E4M3.sign_bit]}
+    for byte in positive:
+        exponent = _floor_exponent(byte)
+        rows[f"2**{exponent}"] = rows.get(f"2**{exponent}", 0) + counts[byte]
+    rows["negative"] = sum(counts[byte | E4M3.sign_bit] for byte in positive)
+    rows["NaN"] = sum(counts[byte] for byte in E4M3.nan_codes)
+    return rows
+
+
+def weight_plots(codes: Sequence[int] | None, scales: Sequence[int] | None) -> list[Plot]:
+    """Return the plots of both histograms of a checkpoint or weight, as far as they were read."""
+    plots = []
+    if codes is not None:
+        caption = f"{sum(codes):,} E2M1 codes, by value"
+        plots.append(histogram("Codes", caption, code_counts(codes)))
+    if scales is not None:
+        shown = E4M3.sign_bit if not any(scales[E4M3.sign_bit :]) else len(scales)
+        counts = {f"0x{byte:02X} = {scale_label(byte)}": scales[byte] for byte in range(shown)}
+        if len(counts) != shown:
+            raise ValueError("two scale bytes have one label")
+        caption = f"{sum(scales):,} E4M3 block scales, by byte"
+        # A tick stands in the middle of its 16 bytes.
+        ticks = [f"{float(scale_label(byte)):.3g}" for byte in range(8, shown, 16)]
+        plots.append(histogram("Block scales", caption, counts, ticks))
+    return plots
+
+
+def _label(form: ElementFormat, code: int) -> str:
+    sign = "-" if code & form.sign_bit else ""
+    return f"{sign}{_magnitude(form, code):.6g}"
+
+
+def _magnitude(form: ElementFormat, code: int) -> float:
+    exponent = (code & (form.sign_bit - 1)) >> form.mantissa_bits
+    fraction = (code & ((1 << form.mantissa_bits) - 1)) / (1 << form.mantissa_bits)
+    if exponent == 0:
+        return float(fraction * 2.0 ** (1 - form.bias))
+    return float((1 + fraction) * 2.0 ** (exponent - form.bias))
+
+
+def _floor_exponent(byte: int) -> int:
+    """Return the power of two at or below a positive E4M3 byte's value."""
+    exponent, mantissa = byte >> E4M3.mantissa_bits, byte & ((1 << E4M3.mantissa_bits) - 1)
+    if exponent:
+        return exponent - E4M3.bias
+    return mantissa.bit_length() - E4M3.mantissa_bits - E4M3.bias

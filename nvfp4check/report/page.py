@@ -13,6 +13,7 @@ from markupsafe import Markup, escape
 
 import nvfp4check
 from nvfp4check.report.fold import place, plural, size_text
+from nvfp4check.report.inspect_text import shape_text
 from nvfp4check.report.visible import value_text, visible
 
 
@@ -34,6 +35,7 @@ def _environment() -> Environment:
     environment.filters["size"] = size_text
     environment.filters["place"] = place
     environment.filters["plural"] = plural
+    environment.filters["shape"] = shape_text
     environment.filters["value"] = value_text
     environment.filters["count"] = lambda number: f"{number:,}"
     environment.globals["web_link"] = _web_link

@@ -104,6 +104,26 @@ def _validate_html(document: Document, extras: Extras) -> str:
     )
 
 
+def _inspect_text(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.inspect_text import inspect_text
+
+    return inspect_text(document)
+
+
+def _inspect_markdown(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.inspect_text import inspect_markdown
+
+    return inspect_markdown(document)
+
+
+def _inspect_html(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.histograms import weight_plots
+    from nvfp4check.report.page import render_page
+
+    plots = weight_plots(document["code_histogram"], document["scale_histogram"])
+    return render_page("inspect.html.j2", document=document, plots=plots)
+
+
 def _rules_text(document: Document, extras: Extras) -> str:
     from nvfp4check.report.rules_text import rules_text
 
@@ -146,15 +166,32 @@ def _forward_html(document: Document, extras: Extras) -> str:
     )
 
 
+def _codegen_text(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.codegen_text import codegen_text
+
+    return codegen_text(document)
+
+
+def _codegen_markdown(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.codegen_text import codegen_text
+
+    return codegen_text(document, "github")
+
+
 _RENDERERS: dict[tuple[str, Format], Renderer] = {
     ("validate", Format.TEXT): _validate_text,
     ("validate", Format.MARKDOWN): _validate_markdown,
     ("validate", Format.HTML): _validate_html,
     ("validate", Format.JUNIT): _validate_junit,
     ("validate", Format.SARIF): _validate_sarif,
+    ("inspect", Format.TEXT): _inspect_text,
+    ("inspect", Format.MARKDOWN): _inspect_markdown,
+    ("inspect", Format.HTML): _inspect_html,
     ("rules", Format.TEXT): _rules_text,
     ("rules", Format.MARKDOWN): _rules_markdown,
     ("rules", Format.HTML): _rules_html,
+    ("codegen", Format.TEXT): _codegen_text,
+    ("codegen", Format.MARKDOWN): _codegen_markdown,
     ("forward", Format.TEXT): _forward_text,
     ("forward", Format.MARKDOWN): _forward_markdown,
     ("forward", Format.HTML): _forward_html,

@@ -61,7 +61,7 @@ def sarif(document: Mapping[str, Any], *, rules: Mapping[str, Mapping[str, Any]]
         "properties": {"verdict": document["verdict"], "checkpoint": location},
     }
     log = {"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}
-    return json.dumps(log, indent=2, allow_nan=False) + "\n"
+    return json.dumps(log, allow_nan=False) + "\n"
 
 
 def _descriptor(

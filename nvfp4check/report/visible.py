@@ -17,7 +17,9 @@ def visible(text: object, limit: int | None = None) -> str:
 
     With `limit`, a longer text is cut and ends in an ellipsis.
     """
-    shown = "".join(_escape(c) if unicodedata.category(c) in _HIDDEN else c for c in str(text))
+    shown = str(text)
+    if not shown.isprintable():
+        shown = "".join(_escape(c) if unicodedata.category(c) in _HIDDEN else c for c in shown)
     return shown if limit is None or len(shown) <= limit else f"{shown[: limit - 1]}…"
 
 
