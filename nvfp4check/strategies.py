@@ -13,6 +13,7 @@ Contract:
                    either sign, values from the ends of the range; all held by the dtype
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -100,12 +101,16 @@ def operands(
     return Operand(packing.pack(unpacked), scales_from_bytes(torch.tensor(raw).view(rows, count)))
 
 
-class _FoundError(Exception):
-    """Carries an answer out of hypothesis, which shrinks towards the smallest that raises it."""
+#: Examples tried on the way from the first that answers to a smaller one.
+SHRINK_TRIALS = 80
 
-    def __init__(self, answer: object) -> None:
-        super().__init__("an example was found")
-        self.answer = answer
+
+class _FoundError(Exception):
+    """Tells hypothesis that an example answers; it then looks for a smaller one."""
+
+
+class _EnoughError(BaseException):
+    """Ends hypothesis's search from within, which only what is no Exception can."""
 
 
 def find(
@@ -114,10 +119,12 @@ def find(
     max_examples: int,
     start: int,
 ) -> R | None:
-    """Return the answer for the smallest example that has one, or None after `max_examples`.
+    """Return the answer for a small example that has one, or None after `max_examples`.
 
     The same seed `start` draws the same examples; nothing is stored between runs.
     """
+    found: list[R] = []
+    trials = 0
 
     @seed(start)
     @settings(
@@ -131,15 +138,18 @@ def find(
     )
     @given(strategy)
     def ask(example: T) -> None:
-        found = answer(example)
-        if found is not None:
-            raise _FoundError(found)
+        nonlocal trials
+        trials += bool(found)
+        if trials > SHRINK_TRIALS:
+            raise _EnoughError
+        result = answer(example)
+        if result is not None:
+            found.append(result)
+            raise _FoundError
 
-    try:
+    with contextlib.suppress(_FoundError, _EnoughError):
         ask()
-    except _FoundError as found:
-        return found.answer  # type: ignore[return-value]
-    return None
+    return found[-1] if found else None
 
 
 def pairs(strategy: st.SearchStrategy[T]) -> st.SearchStrategy[tuple[T, T]]:

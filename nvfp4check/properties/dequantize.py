@@ -14,7 +14,15 @@ import torch
 
 from nvfp4check import compare, inputs, strategies, tolerance
 from nvfp4check.properties import common
-from nvfp4check.properties.law import Case, Failure, Property, Runner, Setting, failed
+from nvfp4check.properties.law import (
+    Case,
+    Failure,
+    Property,
+    Runner,
+    Setting,
+    failed,
+    nothing_smaller,
+)
 from nvfp4ref import packing
 from nvfp4ref.formats import BLOCK_SIZE
 from nvfp4ref.matmul import operand
@@ -185,6 +193,7 @@ PROPERTIES = (
         law="no codes and scales that hypothesis can think of decode otherwise",
         generate=_examples,
         check=_any_operand,
+        shrink=nothing_smaller,
     ),
     _law(
         name="powers-of-two-in-the-global-scale",

@@ -29,7 +29,7 @@ def exponential(exponent: torch.Tensor, facts: Facts) -> torch.Tensor:
 
 
 def sigmoid(x: torch.Tensor, facts: Facts) -> torch.Tensor:
-    """Return the relative error of sigmoid(x)."""
+    """Return the relative error of the logistic function."""
     complement = (-x).sigmoid()
     return complement * exponential(x, facts) + facts.function_error + 2 * ROUNDING
 

@@ -89,6 +89,8 @@ class PropertyOutcome:
     unsupported: int = 0
     message: str = ""
     failure: Failure | None = None
+    #: The known fault whose output the failing one is, where there is one.
+    diagnosis: str | None = None
 
     def to_json(self) -> dict[str, object]:
         """Return the outcome as plain JSON, in the form of `kernels test`."""
@@ -101,7 +103,7 @@ class PropertyOutcome:
             "unsupported": self.unsupported,
             "message": self.message,
             "worst": worst.to_json() if worst else None,
-            "diagnosis": None,
+            "diagnosis": self.diagnosis,
         }
 
 
@@ -151,7 +153,8 @@ Check = Callable[[Runner, Case], Failure | None]
 Shrink = Callable[[Case, Failure], Iterable[Case]]
 
 
-def _nothing_smaller(case: Case, failure: Failure) -> Iterable[Case]:
+def nothing_smaller(case: Case, failure: Failure) -> Iterable[Case]:
+    """Return no smaller case: for laws whose own search makes them small."""
     return ()
 
 
@@ -165,7 +168,7 @@ class Property:
     law: str
     generate: Callable[[Setting], Iterable[Case]]
     check: Check
-    shrink: Shrink = _nothing_smaller
+    shrink: Shrink = nothing_smaller
 
     def run(self, kernel: Kernel, setting: Setting) -> PropertyOutcome:
         """Try the law on every case and return what was found first."""

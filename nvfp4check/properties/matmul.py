@@ -7,7 +7,15 @@ import torch
 
 from nvfp4check import compare, inputs, strategies
 from nvfp4check.properties import common, products
-from nvfp4check.properties.law import Case, Failure, Property, Runner, Setting, failed
+from nvfp4check.properties.law import (
+    Case,
+    Failure,
+    Property,
+    Runner,
+    Setting,
+    failed,
+    nothing_smaller,
+)
 from nvfp4check.properties.products import (
     LARGEST_BYTE,
     ODD_ALPHA,
@@ -338,6 +346,7 @@ PROPERTIES = (
         law="no small operands that hypothesis can think of leave the bound",
         generate=_examples,
         check=_any_operands,
+        shrink=nothing_smaller,
     ),
     _law(
         name="no-rows",

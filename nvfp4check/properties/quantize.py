@@ -112,8 +112,9 @@ def _shrink(case: Case, failure: Failure) -> Iterable[Case]:
             for row, column, block in _likely_blocks(x, failure)
         )
         return
+    live = int((x != 0).sum())  # the last one stays: an empty block is another case
     for place in range(x.numel()):
-        if x[0, place] != 0:
+        if x[0, place] != 0 and live > 1:
             fewer = x.clone()
             fewer[0, place] = 0
             yield _case(case.label, fewer, scale)

@@ -166,7 +166,7 @@ def _allowed_scales(
     inside |= actual.view(torch.uint8) == expected.view(torch.uint8)
     inside |= found.isnan() & wanted.isnan()
     taken = torch.where(inside, actual.view(torch.uint8), expected.view(torch.uint8))
-    return _against(actual.view(torch.uint8), taken, "block scales", expected.view(torch.uint8))
+    return _against(actual, taken.view(actual.dtype), "block scales", expected)
 
 
 def _scales_of(
@@ -227,7 +227,8 @@ def _against(
 ) -> Comparison:
     """Compare with what is allowed, and say how often a neighbour of the nominal one was taken."""
     comparison = compare.bits(actual, taken, what=what)
-    straddling = int((actual != nominal).sum()) - comparison.count
+    straddling = int((actual.view(torch.uint8) != nominal.view(torch.uint8)).sum())
+    straddling -= comparison.count
     if comparison.holds or not straddling:
         return comparison
     return Comparison(
