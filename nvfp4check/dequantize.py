@@ -1,176 +1,179 @@
-"""Stored weights to values, at the speed of memory on a CPU.
-
-N rows, K columns.
+"""NVFP4 and FP8 128 x 128 to float32, bfloat16 or float16 on a CPU, at the speed of memory.
 
 Contract:
-    nvfp4      value = code * (block scale * global decode scale), both products rounded to float32
-    fp8 block  value = element * scale of its tile of 128 x 128, rounded to float32
-    dtype      float32; float64, which holds it; bfloat16, rounded once more to nearest even
-    NaN        a scale or element NaN gives NaN; its payload is free
+    the bits are those of `nvfp4ref.nvfp4.dequantize` and `nvfp4ref.fp8_block.dequantize`: values
+    are looked up, never computed, in a table of what every scale byte makes of every code (4,096
+    values, which stay in the first-level cache), or every block scale of every E4M3 byte
+    a NaN is a NaN, its payload unspecified
 
-Bit-exact with `nvfp4ref.nvfp4.dequantize` and `nvfp4ref.fp8_block.dequantize`, NaN payloads aside.
-With a global scale of 1 the NVFP4 values are those that the exact product multiplies.
+Kernels release the GIL and run over slices of rows in `threads` threads.
 """
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numba
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from nvfp4ref import e2m1, e4m3
-from nvfp4ref.formats import BLOCK_SIZE, FP8_BLOCK
-from nvfp4ref.fp8_block import scale_shape
+from nvfp4ref import e4m3, fp8_block, nvfp4, packing
+from nvfp4ref.formats import BLOCK_SIZE, E2M1, FP8_BLOCK
 
-Bytes = npt.NDArray[np.uint8]
+_CODES = 1 << E2M1.bits
+_BYTES = 256
 
-#: Both values of a byte of packed codes.
-_PAIRS = np.array(
-    [(e2m1.VALUES[byte & 15], e2m1.VALUES[byte >> 4]) for byte in range(256)], dtype=np.float32
-)
-_E4M3 = np.array(e4m3.VALUES, dtype=np.float32)
+#: Slices of at least so many elements are worth a thread.
+_LEAST_SLICE = 1 << 20
 
-#: Fewer values than this are not worth a thread of their own.
-_VALUES_A_THREAD = 2**20
-
-#: numpy's dtype for each torch dtype written; bfloat16 is written as its bits.
-_DTYPES: dict[torch.dtype, type[np.generic]] = {
-    torch.float32: np.float32,
-    torch.float64: np.float64,
-    torch.bfloat16: np.uint16,
-}
+_WORDS = {2: np.uint16, 4: np.uint32}
 
 
-def nvfp4(
-    packed_codes: Bytes,
-    block_scales: Bytes,
-    global_decode_scale: float,
+def dequantize_nvfp4(
+    packed_codes: torch.Tensor,
+    block_scales: torch.Tensor,
+    global_decode_scale: torch.Tensor,
     dtype: torch.dtype = torch.float32,
+    *,
+    out: torch.Tensor | None = None,
+    threads: int = 1,
 ) -> torch.Tensor:
-    """Return the values [N, K] of packed codes [N, K/2] under block scales [N, K/16], as bytes.
+    """Return the values [M, K] of packed codes [M, K/2] under block scales [M, K/16].
+
+    Args:
+        packed_codes: Two codes a byte.
+        block_scales: float8_e4m3fn.
+        global_decode_scale: Multiplies to decode.
+        dtype: float32, bfloat16 or float16.
+        out: Takes the values; new memory costs more than the arithmetic.
+        threads: Slices of rows at a time.
 
     Raises:
-        ValueError: The scales do not belong to the codes, or the dtype is none of the three.
+        ValueError: The shapes do not belong together, or the dtype has neither 2 nor 4 bytes.
     """
-    rows, columns = packed_codes.shape[0], 2 * packed_codes.shape[1]
-    if block_scales.shape != (rows, columns // BLOCK_SIZE) or columns % BLOCK_SIZE:
+    rows, half = packed_codes.shape
+    columns = 2 * half
+    if columns % BLOCK_SIZE or tuple(block_scales.shape) != (rows, columns // BLOCK_SIZE):
         raise ValueError(
-            f"packed codes {packed_codes.shape} take block scales "
-            f"{(rows, columns // BLOCK_SIZE)}, found {block_scales.shape}"
+            f"packed codes [{rows}, {half}] take block scales [{rows}, {columns // BLOCK_SIZE}], "
+            f"and K a multiple of {BLOCK_SIZE}; found {list(block_scales.shape)}"
         )
-    scale = np.float32(global_decode_scale)
-    out = np.empty((rows, columns), dtype=_dtype(dtype))
-    kernel = _nvfp4_to_bfloat16 if dtype == torch.bfloat16 else _nvfp4_to_float
-    _in_threads(
-        lambda n: kernel(packed_codes[n], block_scales[n], scale, _PAIRS, _E4M3, out[n]),
-        rows,
-        columns,
-    )
-    return _tensor(out, dtype)
+    table = _words(_nvfp4_table(global_decode_scale, dtype))  # (256, 16)
+    values = _room(out, rows, columns, dtype)
+    codes = packed_codes.contiguous().view(torch.uint8).numpy()
+    scales = block_scales.contiguous().view(torch.uint8).numpy()
+    words = _words(values)
+
+    def slice_(start: int, stop: int) -> None:
+        _look_up_codes(codes[start:stop], scales[start:stop], table, words[start:stop])
+
+    _over_rows(slice_, rows, columns, threads)
+    return values
 
 
-def fp8_block(
-    elements: Bytes, scale_inv: npt.NDArray[np.float32], dtype: torch.dtype = torch.float32
+def dequantize_fp8_block(
+    w: torch.Tensor,
+    scale_inv: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+    *,
+    out: torch.Tensor | None = None,
+    threads: int = 1,
 ) -> torch.Tensor:
-    """Return the values [N, K] of E4M3 elements [N, K], as bytes, under the scales of their tiles.
+    """Return the values [N, K] of elements float8_e4m3fn [N, K] under their 128 x 128 scales.
+
+    Args:
+        w: The elements.
+        scale_inv: float32, one for each block; it multiplies.
+        dtype: float32, bfloat16 or float16.
+        out: Takes the values; new memory costs more than the arithmetic.
+        threads: Slices of rows at a time.
 
     Raises:
-        ValueError: The scales are not one a tile, or the dtype is none of the three.
+        ValueError: The shapes do not belong together, or the dtype has neither 2 nor 4 bytes.
     """
-    rows, columns = elements.shape
-    if scale_inv.shape != scale_shape(rows, columns):
+    rows, columns = w.shape
+    if tuple(scale_inv.shape) != fp8_block.scale_shape(rows, columns):
         raise ValueError(
-            f"elements {elements.shape} take scale_inv {scale_shape(rows, columns)}, "
-            f"found {scale_inv.shape}"
+            f"a weight [{rows}, {columns}] takes scale_inv "
+            f"{list(fp8_block.scale_shape(rows, columns))}, found {list(scale_inv.shape)}"
         )
-    out = np.empty((rows, columns), dtype=_dtype(dtype))
-    kernel = _fp8_to_bfloat16 if dtype == torch.bfloat16 else _fp8_to_float
-    height, width = FP8_BLOCK.block_shape
-    _in_threads(
-        lambda n: kernel(elements[n], scale_inv[n.start // height :], height, width, _E4M3, out[n]),
-        rows,
-        columns,
-    )
-    return _tensor(out, dtype)
+    tables = _words(_fp8_tables(scale_inv, dtype))  # (blocks, 256)
+    values = _room(out, rows, columns, dtype)
+    elements = w.contiguous().view(torch.uint8).numpy()
+    words = _words(values)
+    block_rows, block_columns = FP8_BLOCK.block_shape
+
+    def slice_(start: int, stop: int) -> None:
+        _look_up_bytes(elements, tables, words, start, stop, block_rows, block_columns)
+
+    _over_rows(slice_, rows, columns, threads)
+    return values
 
 
-def _in_threads(work: Callable[[slice], None], rows: int, columns: int) -> None:
-    """Call `work` on slices of the rows that together are all, on several threads if many."""
-    threads = min(torch.get_num_threads(), rows * columns // _VALUES_A_THREAD)
-    if threads <= 1:
-        return work(slice(0, rows))
-    height = FP8_BLOCK.block_shape[0]  # a slice begins at the border of a tile
-    step = -(-rows // (threads * height)) * height
-    slices = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-    with ThreadPoolExecutor(len(slices)) as pool:
-        list(pool.map(work, slices))
-    return None
+def _nvfp4_table(global_decode_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return what every scale byte makes of every code [256, 16]."""
+    codes = packing.pack(torch.arange(_CODES, dtype=torch.uint8)).expand(_BYTES, -1)
+    scales = torch.arange(_BYTES, dtype=torch.uint8).view(_BYTES, 1)
+    return nvfp4.dequantize(codes, scales.view(torch.float8_e4m3fn), global_decode_scale, dtype)
 
 
-def _dtype(dtype: torch.dtype) -> type[np.generic]:
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype {dtype}; choose one of {', '.join(map(str, _DTYPES))}")
-    return _DTYPES[dtype]
+def _fp8_tables(scale_inv: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return what the scale of every block makes of every byte [blocks, 256]."""
+    elements = e4m3.decode(torch.arange(_BYTES, dtype=torch.uint8))
+    return (elements * scale_inv.float().reshape(-1, 1)).to(dtype)
 
 
-def _tensor(out: npt.NDArray[np.generic], dtype: torch.dtype) -> torch.Tensor:
-    values = torch.from_numpy(out)
-    return values.view(torch.bfloat16) if dtype == torch.bfloat16 else values
+def _room(out: torch.Tensor | None, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    if out is None:
+        return torch.empty(rows, columns, dtype=dtype)
+    if tuple(out.shape) != (rows, columns) or out.dtype != dtype or not out.is_contiguous():
+        raise ValueError(
+            f"out takes {dtype} [{rows}, {columns}], contiguous; "
+            f"found {out.dtype} {list(out.shape)}, strides {list(out.stride())}"
+        )
+    return out
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
-def _nvfp4_row(codes, scales, global_scale, pairs, e4m3_values, out):  # type: ignore[no-untyped-def]
-    for block in range(scales.shape[0]):
-        scale = np.float32(e4m3_values[scales[block]] * global_scale)
-        for byte in range(8 * block, 8 * block + 8):
-            out[2 * byte] = pairs[codes[byte], 0] * scale
-            out[2 * byte + 1] = pairs[codes[byte], 1] * scale
+def _words(values: torch.Tensor) -> npt.NDArray[Any]:
+    """Return the bits of values as unsigned integers, without a copy."""
+    if values.element_size() not in _WORDS:
+        raise ValueError(f"values take 2 or 4 bytes here, found {values.dtype}")
+    signed = torch.int16 if values.element_size() == 2 else torch.int32
+    return values.view(signed).numpy().view(_WORDS[values.element_size()])
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
-def _fp8_row(elements, scales, width, e4m3_values, out):  # type: ignore[no-untyped-def]
-    for tile in range(scales.shape[0]):
-        scale = scales[tile]
-        for k in range(tile * width, min((tile + 1) * width, elements.shape[0])):
-            out[k] = e4m3_values[elements[k]] * scale
+def _over_rows(work: Callable[[int, int], None], rows: int, columns: int, threads: int) -> None:
+    parts = max(1, min(threads, rows, rows * columns // _LEAST_SLICE))
+    edges = [rows * part // parts for part in range(parts + 1)]
+    if parts == 1:
+        work(0, rows)
+        return
+    with ThreadPoolExecutor(parts) as pool:
+        for done in [pool.submit(work, *edges[part : part + 2]) for part in range(parts)]:
+            done.result()
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
-def _to_bfloat16(bits, out):  # type: ignore[no-untyped-def]
-    """Round float32 bits to nearest, ties to even; NaN stays NaN."""
-    for k in range(bits.shape[0]):
-        u = bits[k]
-        odd = (u >> np.uint32(16)) & np.uint32(1)
-        rounded = (u + np.uint32(0x7FFF) + odd) >> np.uint32(16)
-        is_nan = (u & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-        out[k] = np.uint16(0x7FC0) if is_nan else np.uint16(rounded)
+@numba.njit(nogil=True, cache=True, boundscheck=False)
+def _look_up_codes(codes: Any, scales: Any, table: Any, out: Any) -> None:
+    for row in range(codes.shape[0]):
+        for block in range(scales.shape[1]):
+            values = table[scales[row, block]]
+            for byte in range(8):
+                pair = codes[row, 8 * block + byte]
+                out[row, 16 * block + 2 * byte] = values[pair & 15]
+                out[row, 16 * block + 2 * byte + 1] = values[pair >> 4]
 
 
-@numba.njit(cache=True, nogil=True)
-def _nvfp4_to_float(codes, scales, global_scale, pairs, e4m3_values, out):  # type: ignore[no-untyped-def]
-    for n in range(codes.shape[0]):
-        _nvfp4_row(codes[n], scales[n], global_scale, pairs, e4m3_values, out[n])
-
-
-@numba.njit(cache=True, nogil=True)
-def _nvfp4_to_bfloat16(codes, scales, global_scale, pairs, e4m3_values, out):  # type: ignore[no-untyped-def]
-    for n in range(codes.shape[0]):
-        row = np.empty(out.shape[1], dtype=np.float32)
-        _nvfp4_row(codes[n], scales[n], global_scale, pairs, e4m3_values, row)
-        _to_bfloat16(row.view(np.uint32), out[n])
-
-
-@numba.njit(cache=True, nogil=True)
-def _fp8_to_float(elements, scales, height, width, e4m3_values, out):  # type: ignore[no-untyped-def]
-    for n in range(elements.shape[0]):
-        _fp8_row(elements[n], scales[n // height], width, e4m3_values, out[n])
-
-
-@numba.njit(cache=True, nogil=True)
-def _fp8_to_bfloat16(elements, scales, height, width, e4m3_values, out):  # type: ignore[no-untyped-def]
-    for n in range(elements.shape[0]):
-        row = np.empty(out.shape[1], dtype=np.float32)
-        _fp8_row(elements[n], scales[n // height], width, e4m3_values, row)
-        _to_bfloat16(row.view(np.uint32), out[n])
+@numba.njit(nogil=True, cache=True, boundscheck=False)
+def _look_up_bytes(
+    elements: Any, tables: Any, out: Any, start: int, stop: int, block_rows: int, block_columns: int
+) -> None:
+    columns = elements.shape[1]
+    across = (columns + block_columns - 1) // block_columns
+    for row in range(start, stop):
+        for block in range(across):
+            values = tables[(row // block_rows) * across + block]
+            last = min(columns, (block + 1) * block_columns)
+            for column in range(block * block_columns, last):
+                out[row, column] = values[elements[row, column]]
