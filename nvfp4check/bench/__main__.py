@@ -13,6 +13,10 @@ BENCHES: dict[str, tuple[str, str]] = {
         "nvfp4check.bench.bytepass",
         "the byte pass against the speed at which the same files are merely read",
     ),
+    "dequantize": (
+        "nvfp4check.bench.dequantize",
+        "NVFP4 and FP8 to BF16, beside ModelOpt, torchao and compressed-tensors",
+    ),
     "exhaustive": (
         "nvfp4check.bench.exhaustive",
         "all 2**32 float32 values through E2M1 and E4M3, against independent casts",

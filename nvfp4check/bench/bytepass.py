@@ -23,7 +23,7 @@ from nvfp4check import __version__
 from nvfp4check.checkpoint.opening import Checkpoint, open_checkpoint
 from nvfp4check.checkpoint.scan import default_counter, scan, why_not_scannable
 from nvfp4check.checkpoint.scan_tally import count_with_numpy
-from nvfp4check.checkpoint.writing import TensorSpec, encode_header, frame_header
+from nvfp4check.checkpoint.writing import TensorSpec, encode_header
 
 SCHEMA = "nvfp4check/bench-bytepass/1"
 _ROWS, _COLUMNS = 7168, 2048  # down_proj of one expert of DeepSeek-V3
@@ -47,7 +47,7 @@ def write_checkpoint(directory: Path, size: int) -> None:
             ]
         path = directory / f"model-{shard + 1:05d}.safetensors"
         with path.open("wb") as file:
-            file.write(frame_header(encode_header(specs)))
+            file.write(encode_header(specs))
             for expert in range(len(specs) // 2):
                 shift = 16 * (first + expert)
                 file.write(np.roll(codes, shift).tobytes())
