@@ -7,6 +7,7 @@ at is in `coverage.skipped`, and makes the run incomplete: no map for the archit
 could not be read, a weight whose bytes no rule can interpret.
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -135,9 +136,20 @@ def _finding_json(finding: Finding) -> dict[str, Any]:
         "offset": finding.offset,
         "count": finding.count,
         "message": finding.message,
-        "observed": finding.observed,
-        "expected": finding.expected,
+        "observed": _finite(finding.observed),
+        "expected": _finite(finding.expected),
     }
+
+
+def _finite(value: object) -> object:
+    """Spell what JSON has no number for: "nan", "inf", "-inf"."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return value
 
 
 def _sample_json(sample: Sample) -> dict[str, Any]:

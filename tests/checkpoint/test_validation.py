@@ -189,6 +189,16 @@ def test_findings_are_sorted_and_the_same_from_run_to_run(golden: SimpleNamespac
     assert Counter(f.rule for f in first.findings) == {"NV602": 1, "NV004": 636}
 
 
+def test_what_json_has_no_number_for_is_spelt(clone: CheckpointEditor) -> None:
+    for part, value in (("weight_scale_2", math.nan), ("input_scale", math.inf)):
+        clone.set_scalar(f"{EXPERT}.{part}", value)
+    document = run(clone, ValidationOptions()).to_json()
+    observed = {finding["rule"]: finding["observed"] for finding in document["findings"]}
+    assert observed["NV301"] == "nan"
+    assert observed["NV304"] == "inf"
+    json.dumps(document, allow_nan=False)
+
+
 def test_progress_is_told_to_the_end(golden: SimpleNamespace) -> None:
     heard: list[tuple[str, int, int]] = []
     validate(open_checkpoint(golden.nvfp4), HEADERS, lambda *step: heard.append(step))
@@ -368,6 +378,8 @@ def test_who_does_not_resume_needs_no_journal(golden: SimpleNamespace, unwritabl
         '{"architectures": {"a": 1}, "text_config": 3, "quantization_config": [1]}',
         '{"architectures": ["\\u001b[2J\\n"], "quantization_config": {"quant_method": 7}}',
         '{"quantization_config": {"quant_method": "modelopt", "ignore": 3, "config_groups": []}}',
+        '{"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4", '
+        '"group_size": -1e999}}',
         '{"architectures": [null], "vocab_size": "many", "num_nextn_predict_layers": -1}',
     ],
 )
