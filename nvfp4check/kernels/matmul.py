@@ -243,8 +243,14 @@ class MatmulConfig:
 TMA_CONFIG = MatmulConfig(block_m=128, block_n=128, block_k=256, stages=4, warps=4)
 #: sm_120 has 99 KB of shared memory and keeps the accumulator in registers.
 TMA_CONFIG_SM120 = MatmulConfig(block_m=128, block_n=128, block_k=256, stages=2, warps=8)
+#: The same as `TMA_CONFIG` with warps of their own for loads, tensor core and epilogue. Not the
+#: default: what Triton makes of it compiles, and was not run.
+SPECIALIZED_CONFIG = MatmulConfig(
+    block_m=128, block_n=128, block_k=256, stages=4, warps=4, specialize=True
+)
 #: Few rows of A, native: block_n is set by their number.
 FEW_CONFIG = MatmulConfig(block_m=128, block_n=32, block_k=256, stages=4, warps=4)
+FEW_CONFIG_SM120 = MatmulConfig(block_m=128, block_n=32, block_k=256, stages=3, warps=4)
 #: Decoded to float16.
 POINTER_CONFIG = MatmulConfig(block_m=128, block_n=128, block_k=64, stages=3, warps=8)
 
@@ -398,6 +404,11 @@ def default_tma_config(arch: Architecture) -> MatmulConfig:
     return TMA_CONFIG if arch.tensor_memory_columns or arch is INTERPRETER else TMA_CONFIG_SM120
 
 
+def few_config(arch: Architecture) -> MatmulConfig:
+    """Return the tiles for few rows of an architecture with native NVFP4."""
+    return FEW_CONFIG if arch.tensor_memory_columns or arch is INTERPRETER else FEW_CONFIG_SM120
+
+
 def _matmul_few(
     a_codes: torch.Tensor,
     a_scales: torch.Tensor,
@@ -407,7 +418,7 @@ def _matmul_few(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     M, N, K = a_codes.shape[0], b_codes.shape[0], a_codes.shape[1] * 2
-    config = FEW_CONFIG
+    config = few_config(architecture_of(a_codes))
     out = torch.empty(M, N, dtype=dtype, device=a_codes.device)
     linear = rows_of(a_scales).view(torch.uint8)
     block_n = power_of_two(M, least=16, most=FEW_ROWS)
