@@ -8,16 +8,13 @@ float32 or float64 sum, as the shapes of the matrix products differ.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from nvfp4check import dequantize
 from nvfp4check.checkpoint.naming import LogicalWeight, Part, WeightFormat
-from nvfp4check.checkpoint.values import scalar_of, torch_of
+from nvfp4check.dequantize import dequantize_fp8_block, dequantize_nvfp4
 from nvfp4check.findings import CheckError
 from nvfp4check.forward.meter import Meter
-from nvfp4check.forward.reading import RawParts, ReadAhead, entry_rows
+from nvfp4check.forward.reading import RawParts, ReadAhead, as_stored
 from nvfp4ref import e4m3, fp8_block, matmul, nvfp4
 from nvfp4ref.conventions import Convention
 from nvfp4ref.deepseek_v3.linear import (
@@ -26,7 +23,7 @@ from nvfp4ref.deepseek_v3.linear import (
     quantize_fp8_activations,
 )
 from nvfp4ref.deepseek_v3.norm import arithmetic
-from nvfp4ref.formats import BLOCK_SIZE, FP8_BLOCK
+from nvfp4ref.formats import FP8_BLOCK
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,11 +120,11 @@ class StreamedLinear:
             a, a_scales = quantize_fp8_activations(x, self._settings.power_of_two_scales)
         scales = self._tensor(raw, Part.SCALE_INV).to(torch.float32)
         height = FP8_BLOCK.block_shape[0]
-        elements = raw[Part.CODES].reshape(self._weight.shape)
+        elements = self._tensor(raw, Part.CODES)
         out = torch.empty(len(x), len(elements), dtype=torch.float64, device=x.device)
         for start in range(0, len(elements), height):
             with self._meter.timing("dequantize"):
-                weight = e4m3.decode(self._on_device(elements[start : start + height]))
+                weight = e4m3.decode(elements[start : start + height])
             with self._meter.timing("multiply"):
                 out[:, start : start + height] = fp8_block_product(
                     a, a_scales, weight, scales[start // height, None]
@@ -140,51 +137,41 @@ class StreamedLinear:
             return self._nvfp4(raw, rows, self._scale(raw, Part.GLOBAL_SCALE), dtype)
         if self._weight.format is WeightFormat.FP8_BLOCK:
             return self._fp8(raw, rows, dtype)
-        entry = self._weight.parts[Part.PLAIN]
-        some = entry_rows(entry, rows.start, rows.stop)
-        data = raw[Part.PLAIN][some.start - entry.start : some.stop - entry.start]
-        return torch_of(data, some).to(self._settings.device, dtype)
+        return self._tensor(raw, Part.PLAIN)[rows].to(dtype)
 
     def _nvfp4(
         self, raw: RawParts, rows: slice, scale: torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor:
         """Return rows of an NVFP4 weight; without a scale its codes times block scales."""
-        height, columns = self._weight.shape
-        codes = raw[Part.CODES].reshape(height, columns // 2)[rows]
-        scales = raw[Part.BLOCK_SCALES].reshape(height, columns // BLOCK_SIZE)[rows]
-        if self._settings.device.type == "cpu":
-            return dequantize.nvfp4(codes, scales, 1.0 if scale is None else float(scale), dtype)
-        one = torch.ones((), dtype=torch.float32, device=self._settings.device)
-        return nvfp4.dequantize(
-            self._on_device(codes),
-            self._on_device(scales).view(torch.float8_e4m3fn),
-            one if scale is None else scale,
-            dtype,
-        )
+        codes = self._tensor(raw, Part.CODES)[rows]
+        scales = self._tensor(raw, Part.BLOCK_SCALES)[rows]
+        if scale is None:
+            scale = torch.ones((), dtype=torch.float32, device=self._settings.device)
+        if self._settings.device.type != "cpu":
+            return nvfp4.dequantize(codes, scales, scale, dtype)
+        narrow = torch.float32 if dtype == torch.float64 else dtype
+        threads = torch.get_num_threads()
+        return dequantize_nvfp4(codes, scales, scale, narrow, threads=threads).to(dtype)
 
     def _fp8(self, raw: RawParts, rows: slice, dtype: torch.dtype) -> torch.Tensor:
         height = FP8_BLOCK.block_shape[0]
+        elements = self._tensor(raw, Part.CODES)[rows]
         blocks = slice(rows.start // height, -(-rows.stop // height))
-        elements = raw[Part.CODES].reshape(self._weight.shape)[rows]
-        scales = self._tensor(raw, Part.SCALE_INV).to(torch.float32)[blocks]
-        if self._settings.device.type == "cpu":
-            return dequantize.fp8_block(elements, scales.numpy(), dtype)
-        elements_there = self._on_device(elements).view(torch.float8_e4m3fn)
-        return fp8_block.dequantize(elements_there, scales, dtype)
+        scales = self._tensor(raw, Part.SCALE_INV)[blocks].to(torch.float32)
+        if self._settings.device.type != "cpu":
+            return fp8_block.dequantize(elements, scales, dtype)
+        narrow = torch.float32 if dtype == torch.float64 else dtype
+        threads = torch.get_num_threads()
+        return dequantize_fp8_block(elements, scales, narrow, threads=threads).to(dtype)
 
     def _scale(self, raw: RawParts, part: Part) -> torch.Tensor:
         """Return a global scale as the multiplier that decodes, float32 []."""
-        entry = self._weight.parts[part]
-        try:
-            value = torch.tensor(scalar_of(raw[part], entry), dtype=torch.float32)
-        except ValueError as error:
-            raise CheckError(str(error)) from error
-        if self._weight.global_scale_is_reciprocal:
-            value = 1.0 / value
-        return value.to(self._settings.device)
+        stored = self._tensor(raw, part)
+        if stored.numel() != 1:
+            name = self._weight.parts[part].name
+            raise CheckError(f"{name}: {stored.numel()} elements, expected one; run validate")
+        value = stored.reshape(()).to(torch.float32)
+        return 1.0 / value if self._weight.global_scale_is_reciprocal else value
 
     def _tensor(self, raw: RawParts, part: Part) -> torch.Tensor:
-        return torch_of(raw[part], self._weight.parts[part]).to(self._settings.device)
-
-    def _on_device(self, data: npt.NDArray[np.uint8]) -> torch.Tensor:
-        return torch.from_numpy(data.copy()).to(self._settings.device)
+        return as_stored(raw[part], self._weight.parts[part]).to(self._settings.device)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Self
 
 import numpy as np
-import numpy.typing as npt
+import torch
 
 from nvfp4check.checkpoint.header import TensorEntry
 from nvfp4check.checkpoint.naming import LogicalWeight, Part, WeightFormat
@@ -22,8 +22,17 @@ from nvfp4check.findings import CheckError
 from nvfp4check.forward.meter import Meter
 from nvfp4ref.formats import FP8_BLOCK
 
-#: The stored bytes of each part of a weight.
-RawParts = Mapping[Part, npt.NDArray[np.uint8]]
+#: The dtypes that a weight of the forward may be stored in.
+TORCH_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "U8": torch.uint8,
+}
+
+#: The stored bytes of each part of a weight, flat and in memory of their own.
+RawParts = Mapping[Part, torch.Tensor]
 
 
 class ReadAhead:
@@ -92,8 +101,13 @@ class ReadAhead:
                 data = self._storage.read(entry.shard, entry.start, entry.stop)
             except StorageError as error:
                 raise CheckError(f"{entry.name}: {error}") from error
-            parts[part] = np.frombuffer(data, dtype=np.uint8)
+            parts[part] = torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())
         return parts
+
+
+def as_stored(data: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
+    """Return the bytes of a tensor as its dtype and shape, without a copy."""
+    return data.view(TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
 
 
 def rows_of(weight: LogicalWeight, start: int, stop: int) -> LogicalWeight:

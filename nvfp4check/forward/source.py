@@ -6,12 +6,12 @@ import torch
 
 from nvfp4check.checkpoint.naming import LogicalWeight, Part, WeightFormat
 from nvfp4check.checkpoint.opening import Checkpoint
-from nvfp4check.checkpoint.values import scalar_of, torch_of
+from nvfp4check.checkpoint.values import scalar_of
 from nvfp4check.findings import CheckError
 from nvfp4check.forward.inventory import EXPERT_PARTS, Inventory
 from nvfp4check.forward.linears import LinearSettings, StreamedLinear
 from nvfp4check.forward.meter import Meter
-from nvfp4check.forward.reading import ReadAhead
+from nvfp4check.forward.reading import ReadAhead, as_stored
 from nvfp4ref.deepseek_v3.config import DeepseekV3Config
 from nvfp4ref.deepseek_v3.linear import Linear
 from nvfp4ref.deepseek_v3.model import DecoderLayerWeights
@@ -71,7 +71,7 @@ class StreamedSource:
         """Return a tensor as stored."""
         weight = self.weight(name)
         entry = weight.parts[Part.PLAIN]
-        return torch_of(self._reader.take(weight)[Part.PLAIN], entry).to(self._settings.device)
+        return as_stored(self._reader.take(weight)[Part.PLAIN], entry).to(self._settings.device)
 
     def linear(self, module: str) -> Linear:
         """Return the weight of a linear layer, in whatever format it is stored."""

@@ -92,24 +92,13 @@ def test_angles_are_products_rounded_to_float32() -> None:
 
 
 def test_the_softmax_scale_of_the_published_model_has_mscale_squared() -> None:
-    fields = dict.fromkeys(
-        [
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "moe_intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "kv_lora_rank",
-            "v_head_dim",
-            "n_routed_experts",
-            "num_experts_per_tok",
-            "n_group",
-            "topk_group",
-            "first_k_dense_replace",
-        ],
-        1,
+    names = (
+        *("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size"),
+        *("num_hidden_layers", "num_attention_heads", "kv_lora_rank", "v_head_dim"),
+        *("n_routed_experts", "num_experts_per_tok", "n_group", "topk_group"),
+        "first_k_dense_replace",
     )
+    fields = dict.fromkeys(names, 1)
     config = DeepseekV3Config.from_dict(
         {**fields, **PUBLISHED, "qk_nope_head_dim": 128, "routed_scaling_factor": 2.5}
     )
