@@ -23,7 +23,7 @@ from nvfp4check.checkpoint.opening import Checkpoint
 from nvfp4check.checkpoint.rules.base import RuleLevel
 from nvfp4check.checkpoint.rules.shared import kind
 from nvfp4check.checkpoint.rules.siblings import decode_scale, is_valid_scale, stored_scalar
-from nvfp4check.checkpoint.scan import WeightScan, scan, why_not_scannable
+from nvfp4check.checkpoint.scan import WeightScan, scan, why_not_scannable, with_new_maps
 from nvfp4check.checkpoint.storage import StorageError
 from nvfp4check.findings import CheckError
 
@@ -31,6 +31,8 @@ SCHEMA = "nvfp4check/inspect/1"
 
 _ROWS, _COLUMNS = 4, 16
 _PIECE = 1 << 22
+#: Bytes read before maps are let go, so that what is resident stays bounded.
+_MAPPED_BYTES = 64 << 20
 #: By dtype: numpy type of the bits, mask of the exponent, mask of the mantissa.
 _FLOATS = {
     "BF16": ("<u2", 0x7F80, 0x007F),
@@ -157,8 +159,12 @@ def inspect(
     chosen = weights if tensor is None else [find_weight(checkpoint, tensor)]
     looks = _Looks()
     if level is RuleLevel.BYTES:
+        mapped, read = with_new_maps(checkpoint), 0
         for weight in chosen:
-            looks.look_at(checkpoint, weight)
+            if read > _MAPPED_BYTES:
+                mapped, read = with_new_maps(checkpoint), 0
+            looks.look_at(mapped, weight)
+            read += weight.nbytes
             if progress is not None:
                 progress(weight.nbytes)
     detail = None

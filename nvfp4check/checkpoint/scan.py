@@ -9,10 +9,11 @@ Mapped memory is read in pieces of a few MiB, never copied; a second look at a w
 only where the first one saw a defect.
 """
 
+import copy
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import cache
 from typing import Any, Self
@@ -176,6 +177,14 @@ def scan(
     codes = checkpoint.tensor_bytes(weight.parts[Part.CODES])
     scales = checkpoint.tensor_bytes(weight.parts[Part.BLOCK_SCALES])
     return scan_bytes(weight.name, codes, scales, weight.shape[-1] // BLOCK, counter)
+
+
+def with_new_maps(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the same checkpoint with maps of its own, which go when it goes.
+
+    Pages read through a map stay resident as long as the map does.
+    """
+    return replace(checkpoint, storage=copy.copy(checkpoint.storage))
 
 
 def scan_bytes(
