@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from nvfp4check.inputs import INPUT_DTYPES, SCALE_BYTES, neighbours, scales_from_bytes
+from nvfp4check.ops import UnsupportedError
 from nvfp4ref import e2m1, e4m3, packing
 from nvfp4ref.formats import BLOCK_SIZE
 
@@ -121,10 +122,15 @@ def find(
 ) -> R | None:
     """Return the answer for a small example that has one, or None after `max_examples`.
 
-    The same seed `start` draws the same examples; nothing is stored between runs.
+    The same seed `start` draws the same examples; nothing is stored between runs. Examples that a
+    kernel does not take are left out.
+
+    Raises:
+        UnsupportedError: The kernel takes none of the examples.
     """
     found: list[R] = []
-    trials = 0
+    refused: list[UnsupportedError] = []
+    asked = trials = 0
 
     @seed(start)
     @settings(
@@ -138,17 +144,24 @@ def find(
     )
     @given(strategy)
     def ask(example: T) -> None:
-        nonlocal trials
+        nonlocal asked, trials
+        asked += 1
         trials += bool(found)
         if trials > SHRINK_TRIALS:
             raise _EnoughError
-        result = answer(example)
+        try:
+            result = answer(example)
+        except UnsupportedError as error:
+            refused.append(error)
+            return
         if result is not None:
             found.append(result)
             raise _FoundError
 
     with contextlib.suppress(_FoundError, _EnoughError):
         ask()
+    if refused and len(refused) == asked:
+        raise refused[0]
     return found[-1] if found else None
 
 

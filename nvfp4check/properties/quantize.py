@@ -6,6 +6,7 @@ from functools import partial
 import torch
 
 from nvfp4check import compare, inputs, strategies
+from nvfp4check.ops import UnsupportedError
 from nvfp4check.properties import common
 from nvfp4check.properties.law import Case, Failure, Property, Runner, Setting, failed
 from nvfp4check.properties.quantized import check_values, nan_scales
@@ -207,17 +208,24 @@ def _dtypes_agree(setting: Setting) -> Iterator[Case]:
 
 
 def _dtypes_check(runner: Runner, case: Case) -> Failure | None:
-    results = []
+    results: list[tuple[Case, tuple[torch.Tensor, ...]]] = []
+    refused: UnsupportedError | None = None
     for dtype in inputs.INPUT_DTYPES:
         typed = _case(
             f"{case.label} as {_short(dtype)}",
             case.inputs["x"].to(dtype),
             case.inputs["global_decode_scale"],
         )
-        results.append((typed, runner(typed.inputs)))
-    first = results[-1][1]
-    for typed, outputs in results[:-1]:
-        failure = common.same_outputs(runner, typed, outputs, first, "against float32")
+        try:
+            results.append((typed, runner(typed.inputs)))
+        except UnsupportedError as error:
+            refused = error
+    if len(results) < 2 and refused is not None:
+        raise refused
+    first_case, first = results[0]
+    for typed, outputs in results[1:]:
+        note = f"against {first_case.label}"
+        failure = common.same_outputs(runner, typed, outputs, first, note)
         if failure:
             return failure
     return None
