@@ -204,16 +204,17 @@ def _add_by_scale(scales: Any, first: int, blocks: int, numbers: Any, tables: An
     t0, t1, t2, t3 = tables[0], tables[1], tables[2], tables[3]
     t4, t5, t6, t7 = tables[4], tables[5], tables[6], tables[7]
     last = _U(255)
-    for i in range(0, blocks, 8):
-        eight = _word(scales, (first + i) // 8)
+    for group in range(blocks // 8):
+        eight = _word(scales, first // 8 + group)
+        i = _U(8 * group)  # unsigned: no index is counted from the end
         t0[eight & last] += numbers[i]
-        t1[(eight >> _U(8)) & last] += numbers[i + 1]
-        t2[(eight >> _U(16)) & last] += numbers[i + 2]
-        t3[(eight >> _U(24)) & last] += numbers[i + 3]
-        t4[(eight >> _U(32)) & last] += numbers[i + 4]
-        t5[(eight >> _U(40)) & last] += numbers[i + 5]
-        t6[(eight >> _U(48)) & last] += numbers[i + 6]
-        t7[eight >> _U(56)] += numbers[i + 7]
+        t1[(eight >> _U(8)) & last] += numbers[i + _U(1)]
+        t2[(eight >> _U(16)) & last] += numbers[i + _U(2)]
+        t3[(eight >> _U(24)) & last] += numbers[i + _U(3)]
+        t4[(eight >> _U(32)) & last] += numbers[i + _U(4)]
+        t5[(eight >> _U(40)) & last] += numbers[i + _U(5)]
+        t6[(eight >> _U(48)) & last] += numbers[i + _U(6)]
+        t7[eight >> _U(56)] += numbers[i + _U(7)]
 
 
 @_jit
