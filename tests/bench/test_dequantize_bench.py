@@ -7,6 +7,7 @@ import pytest
 from nvfp4check.bench import __main__ as bench
 
 
+@pytest.mark.filterwarnings("ignore")  # of the imports of the others, where they are installed
 def test_a_small_measurement_is_one_json_document(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--rows", "32", "--columns", "256", "--rounds", "1", "--format", "json"]
 
