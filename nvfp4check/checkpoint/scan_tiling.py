@@ -21,7 +21,7 @@ import numpy.typing as npt
 #: Rows and columns of a tile, and rows of its inner groups (cuBLAS, section 3.1.4.4.2).
 _ROWS, _COLUMNS, _GROUP = 128, 4, 32
 #: Scale bytes looked at: whole stripes of 128 rows, spread over the tensor.
-_SAMPLE = 1 << 16
+_SAMPLE = 1 << 15
 #: Standard deviations at which tiles are believed. Under noise alone a score of 8 has a
 #: probability below 1e-14, for the hundred thousand weights of a checkpoint together below 1e-9.
 MIN_SCORE = 8.0
