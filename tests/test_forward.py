@@ -192,13 +192,13 @@ def test_a_run_killed_in_the_middle_continues_to_the_same_bytes(tmp_path: Path) 
 
 
 def slowed_copy(tmp_path: Path) -> Path:
-    """A checkpoint of 40 layers, the tiny model's repeated, so that a kill hits the middle."""
+    """A checkpoint of 24 layers, the tiny model's repeated, so that a kill hits the middle."""
     source = stored_tensors(TINY / "nvfp4")
     config = json.loads((TINY / "nvfp4" / "config.json").read_text())
-    config["num_hidden_layers"] = 40
+    config["num_hidden_layers"] = 24
     config["num_nextn_predict_layers"] = 0
     tensors = {name: t for name, t in source.items() if not name.startswith("model.layers.")}
-    for layer in range(40):
+    for layer in range(24):
         origin = 0 if layer == 0 else 1 + layer % 4
         for name, tensor in source.items():
             if name.startswith(f"model.layers.{origin}."):

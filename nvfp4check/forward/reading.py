@@ -50,7 +50,8 @@ class ReadAhead:
         #: Announced, and not handed to the thread for lack of room.
         self._announced: deque[LogicalWeight] = deque()
         #: With the thread: waiting, being read, or ready to be taken.
-        self._handed: dict[str, tuple[LogicalWeight, Future[RawParts]]] = {}
+        self._handed: dict[str, Future[RawParts]] = {}
+        self._held = 0
 
     def __enter__(self) -> Self:
         return self
@@ -70,7 +71,9 @@ class ReadAhead:
         Raises:
             CheckError: They cannot be read.
         """
-        _, reading = self._handed.pop(weight.name, (weight, None))
+        reading = self._handed.pop(weight.name, None)
+        if reading is not None:
+            self._held -= weight.nbytes
         with self._meter.timing("wait"):
             if reading is not None and not reading.cancel():
                 parts = reading.result()
@@ -84,11 +87,12 @@ class ReadAhead:
         return parts
 
     def _hand_over(self) -> None:
-        held = sum(weight.nbytes for weight, _ in self._handed.values())
-        while self._announced and (held == 0 or held + self._announced[0].nbytes <= self._limit):
+        while self._announced and (
+            not self._held or self._held + self._announced[0].nbytes <= self._limit
+        ):
             weight = self._announced.popleft()
-            held += weight.nbytes
-            self._handed[weight.name] = weight, self._thread.submit(self._read_ahead, weight)
+            self._held += weight.nbytes
+            self._handed[weight.name] = self._thread.submit(self._read_ahead, weight)
 
     def _read_ahead(self, weight: LogicalWeight) -> RawParts:
         with self._meter.timing("read"):
