@@ -18,5 +18,6 @@ COMMANDS: dict[str, Entry] = {
     "validate": Entry("nvfp4check.cli.validate", "Is this checkpoint sound?"),
     "forward": Entry("nvfp4check.cli.forward", "The reference forward pass, streamed from disk."),
     "inspect": Entry("nvfp4check.cli.inspect", "What is in this checkpoint?"),
+    "kernels": Entry("nvfp4check.cli.kernels", "Check kernels property by property."),
     "rules": Entry("nvfp4check.cli.rules", "What each rule of validate checks, and the repair."),
 }

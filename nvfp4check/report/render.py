@@ -178,6 +178,30 @@ def _codegen_markdown(document: Document, extras: Extras) -> str:
     return codegen_text(document, "github")
 
 
+def _kernels_text(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.kernels_text import kernels_text
+
+    return kernels_text(document)
+
+
+def _kernels_markdown(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.kernels_text import kernels_markdown
+
+    return kernels_markdown(document)
+
+
+def _kernels_list_text(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.kernels_text import kernels_list_text
+
+    return kernels_list_text(document)
+
+
+def _kernels_list_markdown(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.kernels_text import kernels_list_text
+
+    return kernels_list_text(document, "github")
+
+
 _RENDERERS: dict[tuple[str, Format], Renderer] = {
     ("validate", Format.TEXT): _validate_text,
     ("validate", Format.MARKDOWN): _validate_markdown,
@@ -187,6 +211,10 @@ _RENDERERS: dict[tuple[str, Format], Renderer] = {
     ("inspect", Format.TEXT): _inspect_text,
     ("inspect", Format.MARKDOWN): _inspect_markdown,
     ("inspect", Format.HTML): _inspect_html,
+    ("kernels", Format.TEXT): _kernels_text,
+    ("kernels", Format.MARKDOWN): _kernels_markdown,
+    ("kernels-list", Format.TEXT): _kernels_list_text,
+    ("kernels-list", Format.MARKDOWN): _kernels_list_markdown,
     ("rules", Format.TEXT): _rules_text,
     ("rules", Format.MARKDOWN): _rules_markdown,
     ("rules", Format.HTML): _rules_html,
