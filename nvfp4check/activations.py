@@ -245,7 +245,7 @@ def write_info(run: Path, info: RunInfo) -> None:
     """Write run.json."""
     run.mkdir(parents=True, exist_ok=True)
     text = json.dumps(info.to_json(), indent=1, ensure_ascii=False) + "\n"
-    _write(run / RUN_FILE, text.encode("utf-8"))
+    write_bytes(run / RUN_FILE, text.encode("utf-8"))
 
 
 def write_tensors(file: Path, tensors: "Mapping[str, torch.Tensor]") -> None:
@@ -254,10 +254,11 @@ def write_tensors(file: Path, tensors: "Mapping[str, torch.Tensor]") -> None:
 
     file.parent.mkdir(parents=True, exist_ok=True)
     owned = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    _write(file, save(owned))
+    write_bytes(file, save(owned))
 
 
-def _write(file: Path, data: bytes) -> None:
+def write_bytes(file: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as out:

@@ -17,6 +17,7 @@ class Entry(NamedTuple):
 COMMANDS: dict[str, Entry] = {
     "validate": Entry("nvfp4check.cli.validate", "Is this checkpoint sound?"),
     "forward": Entry("nvfp4check.cli.forward", "The reference forward pass, streamed from disk."),
+    "golden": Entry("nvfp4check.cli.golden", "Keep a run as a golden; check against it."),
     "inspect": Entry("nvfp4check.cli.inspect", "What is in this checkpoint?"),
     "kernels": Entry("nvfp4check.cli.kernels", "Check kernels property by property."),
     "rules": Entry("nvfp4check.cli.rules", "What each rule of validate checks, and the repair."),

@@ -202,6 +202,30 @@ def _kernels_list_markdown(document: Document, extras: Extras) -> str:
     return kernels_list_text(document, "github")
 
 
+def _golden_text(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.golden_text import golden_text
+
+    return golden_text(document)
+
+
+def _golden_markdown(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.golden_text import golden_text
+
+    return golden_text(document, "github")
+
+
+def _golden_html(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.golden_text import HEADERS, golden_heading, golden_rows
+    from nvfp4check.report.page import render_page
+
+    return render_page(
+        "golden.html.j2",
+        heading=golden_heading(document),
+        headers=HEADERS,
+        rows=golden_rows(document),
+    )
+
+
 _RENDERERS: dict[tuple[str, Format], Renderer] = {
     ("validate", Format.TEXT): _validate_text,
     ("validate", Format.MARKDOWN): _validate_markdown,
@@ -220,6 +244,9 @@ _RENDERERS: dict[tuple[str, Format], Renderer] = {
     ("rules", Format.HTML): _rules_html,
     ("codegen", Format.TEXT): _codegen_text,
     ("codegen", Format.MARKDOWN): _codegen_markdown,
+    ("golden", Format.TEXT): _golden_text,
+    ("golden", Format.MARKDOWN): _golden_markdown,
+    ("golden", Format.HTML): _golden_html,
     ("forward", Format.TEXT): _forward_text,
     ("forward", Format.MARKDOWN): _forward_markdown,
     ("forward", Format.HTML): _forward_html,
