@@ -10,7 +10,7 @@ Contract:
               where the interval straddles a boundary is there a choice, and those are counted
     NaN       where the stored block scale is NaN the codes decode to NaN whatever they are: free
     zero      under a stored scale of zero the codes are the convention's, or free where another
-              scale was possible
+              scale was possible, or where the value, or its block, may have been flushed to zero
 
 So an error in the last bit moves a code only next to a midpoint, and by one step.
 """
@@ -164,6 +164,8 @@ def _allowed_scales(
     found, wanted = e4m3.decode(actual), e4m3.decode(expected)
     inside = (e4m3.decode(low) <= found) & (found <= e4m3.decode(high))
     inside |= actual.view(torch.uint8) == expected.view(torch.uint8)
+    # The scale of a block that may be all zero need not lie below those of other blocks.
+    inside |= actual.view(torch.uint8) == low.view(torch.uint8)
     inside |= found.isnan() & wanted.isnan()
     taken = torch.where(inside, actual.view(torch.uint8), expected.view(torch.uint8))
     return _against(actual, taken.view(actual.dtype), "block scales", expected)
@@ -206,9 +208,15 @@ def _allowed_codes(
     right_sign = torch.where(negative, values - spread <= 0, values + spread >= 0)
     inside &= (right_sign | (place != 0)) & values.isfinite()
     inside |= found == wanted
-    inside |= (stored == 0) & other_scale
+    # A tiny value that is not zero may have been flushed, alone or with its whole block.
+    may_flush = values.abs() <= spread
+    flushed = may_flush.unflatten(-1, (-1, BLOCK_SIZE)).all(-1)
+    flushed &= (values != 0).unflatten(-1, (-1, BLOCK_SIZE)).any(-1)
+    flushed = flushed.repeat_interleave(BLOCK_SIZE, dim=-1)
+    undecided = other_scale | flushed | (may_flush & (values != 0))
+    inside |= (stored == 0) & undecided
     inside |= stored.isnan()
-    inside &= (stored != 0) | (found == wanted) | other_scale
+    inside &= (stored != 0) | (found == wanted) | undecided
     return _against(found, torch.where(inside, found, wanted), "codes", wanted)
 
 
