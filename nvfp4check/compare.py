@@ -230,7 +230,10 @@ def _mismatch(
     error = abs(found - wanted)
     terms: dict[str, float] = {}
     if tolerance is not None and not tolerance.exact[index]:
-        terms = {name: float(term[index]) for name, term in tolerance.terms.items()}
+        terms = {
+            name: float(term.expand_as(tolerance.expected)[index])
+            for name, term in tolerance.terms.items()
+        }
         error = abs(found - float(tolerance.expected[index]))
     whole = not actual.dtype.is_floating_point
     return Mismatch(
