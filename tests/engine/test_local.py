@@ -1,6 +1,8 @@
 import os
 import signal
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +10,11 @@ from nvfp4check.engine.local import LocalEngine
 from nvfp4check.findings import CheckError
 
 _base = 0
+
+
+@pytest.fixture(autouse=True)
+def _workers_find_this_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[2])])
 
 
 def prepare(base: int) -> None:
