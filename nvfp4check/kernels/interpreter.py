@@ -7,6 +7,7 @@ Contract:
     float -> E4M3    to nearest even, saturating to 448 (infinities too), NaN to 0x7F with the sign
     E4M3 -> float    exact; 0x7F and 0xFF are NaN
     float32 -> BF16  to nearest even; NaN stays NaN. BF16 -> float32 is exact
+    dot              of BF16 operands by value, in float32
     all else         as Triton's interpreter does it
 
 An interpreted kernel is never an oracle. It shows that a kernel's indexing, masks and order of
@@ -197,6 +198,20 @@ def _with_plain_format_names(dot_scaled: Callable[..., Any]) -> Callable[..., An
     return named
 
 
+def _with_bf16_dot(create_dot: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `create_dot` with BF16 operands taken by value."""
+
+    def widened(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return upstream.TensorHandle(_to_float32(handle.data, tl.bfloat16), tl.float32)
+
+    def dot(builder: Any, lhs: Any, rhs: Any, *rest: Any) -> Any:
+        return create_dot(builder, widened(lhs), widened(rhs), *rest)
+
+    return dot
+
+
 def _with_loop_bounds(patch_tensor: Callable[..., None]) -> Callable[..., None]:
     """Return `patch_tensor` with a conversion to int that takes an array of one element."""
 
@@ -219,6 +234,13 @@ def _loop_kernel(out_ptr, count):
 def _cast_kernel(x_ptr, y_ptr, N: tl.constexpr):
     offs = tl.arange(0, N)
     tl.store(y_ptr + offs, tl.load(x_ptr + offs).to(y_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _dot_kernel(a_ptr, out_ptr, SIZE: tl.constexpr):
+    offs = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    a = tl.load(a_ptr + offs)
+    tl.store(out_ptr + offs, tl.dot(a, a))
 
 
 @triton.jit
@@ -256,6 +278,14 @@ def _bf16_cast_is_right() -> bool:
     # Above the midpoint, on it (to even, up and down), a carry into the next binade.
     given = [1.0 + 2.0**-8 + 2.0**-12, 1.0 + 3 * 2.0**-8, 1.0 + 2.0**-8, 2.0 - 2.0**-12]
     return _cast(given, "bfloat16") == [1.0078125, 1.015625, 1.0, 2.0]
+
+
+def _bf16_dot_is_right() -> bool:
+    import torch
+
+    out = torch.empty(16, 16)
+    run(_dot_kernel, (1,), torch.full((16, 16), 1.5, dtype=torch.bfloat16), out, SIZE=16)
+    return bool((out == 16 * 1.5 * 1.5).all())
 
 
 def _loop_bound_is_right() -> bool:
@@ -337,6 +367,13 @@ REPAIRS = (
         until=(3, 9),
         patches=(Patch(upstream, "_convert_float", _with_bf16_casts),),
         is_right=_bf16_cast_is_right,
+    ),
+    Repair(
+        name="bf16 dot",
+        why="3.6 to 3.9 multiply the bit patterns of BF16 operands as integers",
+        until=(3, 9),
+        patches=(Patch(upstream.InterpreterBuilder, "create_dot", _with_bf16_dot),),
+        is_right=_bf16_dot_is_right,
     ),
     Repair(
         name="loop bound",
