@@ -141,6 +141,11 @@ class StateDict:
         self._mode = mode
         self._power_of_two_scales = power_of_two_scales
 
+    @property
+    def names(self) -> list[str]:
+        """The names of all tensors."""
+        return list(self._tensors)
+
     def tensor(self, name: str) -> torch.Tensor:
         """Return a tensor as stored.
 
