@@ -29,7 +29,7 @@ WRONG = """
 
 def run(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
     return pytester.runpytest_subprocess(
-        "-p", "nvfp4check.pytest_plugin", "-p", "no:cacheprovider", *arguments
+        "-p", "no:cacheprovider", *arguments
     )
 
 

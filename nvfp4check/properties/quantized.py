@@ -23,7 +23,7 @@ from nvfp4check import compare
 from nvfp4check.compare import Comparison
 from nvfp4check.properties.law import Case, Failure, Runner, failed
 from nvfp4check.tolerance import Reciprocal
-from nvfp4ref import e2m1, e4m3, nvfp4, packing
+from nvfp4ref import e2m1, e4m3, nvfp4, packing, ties
 from nvfp4ref.conventions import RULES, Convention, ElementScaling
 from nvfp4ref.formats import BLOCK_SIZE, E2M1
 
@@ -97,10 +97,54 @@ def check_values(
         spread = torch.zeros_like(wide) if error is None else error
         comparisons = _interval(runner, case, actual, expected, wide, spread, slack)
     for comparison in comparisons:
-        failure = failed(case, comparison, actual, expected, note)
-        if failure:
-            return failure
+        if not comparison.holds:
+            causes = "" if comparison.form else _causes(runner, case, actual, expected, values)
+            said = "\n".join(part for part in (note, causes) if part)
+            return failed(case, comparison, actual, expected, said)
     return None
+
+
+def _causes(
+    runner: Runner,
+    case: Case,
+    actual: tuple[torch.Tensor, ...],
+    expected: tuple[torch.Tensor, ...],
+    values: torch.Tensor,
+) -> str:
+    """Return how many differences are ties, near ties and neither: only the last are errors."""
+    convention = Convention(runner.setting.convention or "")
+    global_scale = case.inputs["global_decode_scale"]
+    if tuple(actual[1].shape) != tuple(expected[1].shape) or not values.numel():
+        return ""
+    finite = values.double().nan_to_num(0.0, 0.0, 0.0)
+    amax = finite.abs().view(*expected[1].shape, BLOCK_SIZE).amax(-1)
+    ulps = runner.setting.facts.function_ulps
+    causes = ties.explain_block_scales(
+        actual[1],
+        expected[1],
+        amax,
+        global_scale,
+        ties.scale_error(convention, values.dtype, reciprocal_ulps=ulps),
+    ).flatten()
+    what = "block scales"
+    if not int((causes > ties.Cause.SAME_VALUE).sum()):
+        what = "codes"
+        causes = ties.explain_codes(
+            packing.unpack(actual[0]),
+            packing.unpack(expected[0]),
+            finite,
+            expected[1],
+            global_scale,
+            ties.element_error(convention, reciprocal_ulps=ulps),
+        ).flatten()
+    named = {
+        ties.Cause.SAME_VALUE: "of the same value",
+        ties.Cause.EXACT_TIE: "at exact ties",
+        ties.Cause.NEAR_TIE: "at near ties, inside the error of a reciprocal",
+        ties.Cause.REAL: "real",
+    }
+    counts = [f"{int((causes == c).sum())} {name}" for c, name in named.items()]
+    return f"{what} that differ: {', '.join(counts)}"
 
 
 def _exact(
