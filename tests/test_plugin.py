@@ -37,9 +37,7 @@ def test_a_test_that_needs_a_gpu_is_skipped_on_the_cpu(
         """
     )
 
-    result = pytester.runpytest_subprocess(
-        "-p", "nvfp4check.pytest_plugin", "-p", "no:cacheprovider", "--strict-markers", "-rs"
-    )
+    result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "--strict-markers", "-rs")
 
     result.assert_outcomes(skipped=1)
     result.stdout.fnmatch_lines(["*needs an NVIDIA GPU: --nvfp4-device is cpu, give cuda"])
@@ -48,6 +46,6 @@ def test_a_test_that_needs_a_gpu_is_skipped_on_the_cpu(
 def test_the_device_is_a_fixture(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("def test_device(nvfp4_device): assert nvfp4_device == 'cpu'")
 
-    result = pytester.runpytest_subprocess("-p", "nvfp4check.pytest_plugin")
+    result = pytester.runpytest_subprocess()
 
     result.assert_outcomes(passed=1)

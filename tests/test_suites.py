@@ -28,9 +28,7 @@ WRONG = """
 
 
 def run(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
-    return pytester.runpytest_subprocess(
-        "-p", "no:cacheprovider", *arguments
-    )
+    return pytester.runpytest_subprocess("-p", "no:cacheprovider", *arguments)
 
 
 def test_one_test_a_property_with_a_readable_id(pytester: pytest.Pytester) -> None:
