@@ -8,12 +8,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from nvfp4check.kernels import dequantize, matmul, quantize, swizzle
+from nvfp4check.kernels import (
+    dequantize,
+    dequantize_fp8_block,
+    grouped_matmul,
+    matmul,
+    mla_decode,
+    quantize,
+    rms_norm_quantize,
+    rope,
+    route,
+    silu_mul_quantize,
+    swizzle,
+)
 from nvfp4check.kernels.arch import SM90, Architecture
 from nvfp4check.kernels.codegen import KernelSource
 from nvfp4check.kernels.codegen_checks import Needs
 
-_ROWS, _COLUMNS = 4096, 7168
+_ROWS, _COLUMNS, _EXPERTS = 4096, 7168, 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +95,7 @@ def _quantize(layout: quantize.ScaleLayout) -> Case:
     return Case(
         name,
         source,
-        lambda arch: Needs(load_width=16, store_width=8, e2m1_encodes=arch.converts_e2m1),
+        _quantizes,
     )
 
 
@@ -204,7 +216,7 @@ def _matmul_few(arch: Architecture) -> KernelSource:
         {
             "stride_om": 1,
             "BLOCK_M": config.block_m,
-            "BLOCK_N": 16,
+            "BLOCK_N": config.block_n,
             "BLOCK_K": config.block_k,
             "STAGES": config.stages,
         },
@@ -248,7 +260,261 @@ def _matmul_pointer(arch: Architecture) -> KernelSource:
     )
 
 
+_GROUPED_ARGUMENTS = {
+    "alpha_ptr": "*fp32",
+    "offsets_ptr": "*i32",
+    "out_ptr": "*bf16",
+    "N": "i32",
+    "K": "i32",
+    "experts": "i32",
+}
+
+
+def _grouped_matmul(arch: Architecture) -> KernelSource:
+    config = matmul.few_config(arch)
+    return _source(
+        "grouped_matmul",
+        grouped_matmul._grouped_matmul_kernel,
+        {
+            "b_desc": descriptor((config.block_m, config.block_k // 2), "u8"),
+            "b_scale_desc": scale_type(config.block_m, config.block_k),
+            "a_ptr": "*u8",
+            "a_scale_ptr": "*u8",
+            **_GROUPED_ARGUMENTS,
+            "max_tiles": "i32",
+            "padded_n": "i32",
+            "stride_am": "i32",
+            "stride_asm": "i32",
+            "stride_om": "i32",
+        },
+        {
+            "PROGRAMS": 148,
+            "EXPERTS": _EXPERTS,
+            "BLOCK_N": config.block_m,
+            "BLOCK_T": config.block_n,
+            "BLOCK_K": config.block_k,
+            "STAGES": config.stages,
+        },
+        unaligned=("max_tiles",),
+        warps=config.warps,
+        stages=config.stages,
+    )
+
+
+def _grouped_pointer(arch: Architecture) -> KernelSource:
+    config = matmul.POINTER_CONFIG
+    strides = ("am", "asm", "be", "bn", "bse", "bsn", "om")
+    return _source(
+        "grouped_matmul (float16)",
+        grouped_matmul._grouped_matmul_pointer_kernel,
+        {
+            "a_ptr": "*u8",
+            "a_scale_ptr": "*u8",
+            "b_ptr": "*u8",
+            "b_scale_ptr": "*u8",
+            **_GROUPED_ARGUMENTS,
+            **{f"stride_{name}": "i32" for name in strides},
+        },
+        {
+            "EXPERTS": _EXPERTS,
+            "BLOCK_N": config.block_n,
+            "BLOCK_T": 64,
+            "BLOCK_K": config.block_k,
+            "STAGES": config.stages,
+        },
+        warps=config.warps,
+        stages=config.stages,
+    )
+
+
+def _silu_mul_quantize(arch: Architecture) -> KernelSource:
+    block_m, block_k = quantize.tile_shape(arch, _ROWS, _COLUMNS)
+    return _source(
+        "silu_mul_quantize",
+        silu_mul_quantize._silu_mul_quantize_kernel,
+        {
+            "gate_ptr": "*bf16",
+            "up_ptr": "*bf16",
+            "decode_ptr": "*fp32",
+            "codes_ptr": "*u8",
+            "scales_ptr": "*u8",
+            "M": "i32",
+            "K": "i32",
+            "stride_gm": "i32",
+            "stride_um": "i32",
+            "tiles_across": "i32",
+        },
+        {
+            "BLOCK_M": block_m,
+            "BLOCK_K": block_k,
+            "CONVENTION": "engine",
+            "SWIZZLED": True,
+            "NATIVE": arch.converts_e2m1,
+        },
+    )
+
+
+def _rms_norm_quantize(arch: Architecture) -> KernelSource:
+    tile = rms_norm_quantize.row_tile(arch, _ROWS, _COLUMNS)
+    return _source(
+        "rms_norm_quantize",
+        rms_norm_quantize._rms_norm_quantize_kernel,
+        {
+            "x_ptr": "*bf16",
+            "residual_ptr": "*bf16",
+            "weight_ptr": "*bf16",
+            "summed_ptr": "*bf16",
+            "decode_ptr": "*fp32",
+            "codes_ptr": "*u8",
+            "scales_ptr": "*u8",
+            "M": "i32",
+            "K": "i32",
+            "eps": "fp32",
+            "stride_xm": "i32",
+            "stride_rm": "i32",
+            "tiles_across": "i32",
+        },
+        {
+            "BLOCK_M": tile.block_m,
+            "BLOCK_K": tile.block_k,
+            "HAS_RESIDUAL": True,
+            "CONVENTION": "engine",
+            "SWIZZLED": True,
+            "NATIVE": arch.converts_e2m1,
+        },
+        warps=tile.warps,
+    )
+
+
+def _rope(arch: Architecture) -> KernelSource:
+    block, block_r = rope.rope_tile(arch, _ROWS * 128, 64)
+    return _source(
+        "rope",
+        rope._rope_kernel,
+        {
+            "x_ptr": "*bf16",
+            "cosine_ptr": "*fp32",
+            "sine_ptr": "*fp32",
+            "out_ptr": "*bf16",
+            "ROWS": "i32",
+            "H": "i32",
+            "R": "i32",
+            "stride_xt": "i32",
+            "stride_xh": "i32",
+        },
+        {"BLOCK": block, "BLOCK_R": block_r},
+    )
+
+
+def _route(arch: Architecture) -> KernelSource:
+    return _source(
+        "route",
+        route._route_kernel,
+        {
+            "logits_ptr": "*fp32",
+            "bias_ptr": "*fp32",
+            "experts_ptr": "*i32",
+            "weights_ptr": "*fp32",
+            "T": "i32",
+            "scaling": "fp32",
+            "stride_lt": "i32",
+        },
+        {
+            "N_GROUP": 8,
+            "SIZE": 32,
+            "TOPK_GROUP": 4,
+            "TOP_K": 8,
+            "GROUPS": 8,
+            "WIDTH": 32,
+            "SLOTS": 8,
+            "BLOCK_T": 1,
+        },
+        warps=1,
+    )
+
+
+def _mla_decode(arch: Architecture) -> KernelSource:
+    tile = mla_decode.decode_tile(arch, 128, 2)
+    strides = ("qb", "qh", "rb", "rh", "lp", "ls", "kp", "ks", "tb")
+    return _source(
+        "mla_decode",
+        mla_decode._mla_decode_kernel,
+        {
+            "q_latent_ptr": "*bf16",
+            "q_rope_ptr": "*bf16",
+            "latent_ptr": "*bf16",
+            "rope_ptr": "*bf16",
+            "page_table_ptr": "*i32",
+            "lengths_ptr": "*i32",
+            "partial_ptr": "*fp32",
+            "maximum_ptr": "*fp32",
+            "sum_ptr": "*fp32",
+            "scale_log2": "fp32",
+            "H": "i32",
+            "L": "i32",
+            "R": "i32",
+            **{f"stride_{name}": "i32" for name in strides},
+            "splits": "i32",
+        },
+        {
+            "PAGE": 64,
+            "SPLIT": mla_decode.SPLIT,
+            "BLOCK_H": tile.block_h,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_L": 512,
+            "BLOCK_R": 64,
+            "PRECISION": "ieee",
+        },
+        unaligned=("splits", "stride_tb"),
+        warps=tile.warps,
+        stages=tile.stages,
+    )
+
+
+def _mla_join(arch: Architecture) -> KernelSource:
+    return _source(
+        "mla_decode (join)",
+        mla_decode._mla_join_kernel,
+        {
+            "partial_ptr": "*fp32",
+            "maximum_ptr": "*fp32",
+            "sum_ptr": "*fp32",
+            "lengths_ptr": "*i32",
+            "out_ptr": "*bf16",
+            "H": "i32",
+            "L": "i32",
+            "splits": "i32",
+            "SPLIT": "i32",
+        },
+        {"BLOCK_L": 512},
+        unaligned=("splits",),
+    )
+
+
+def _dequantize_fp8_block(arch: Architecture) -> KernelSource:
+    block_n, block_k = dequantize_fp8_block.fp8_tile(arch)
+    return _source(
+        "dequantize_fp8_block",
+        dequantize_fp8_block._dequantize_fp8_block_kernel,
+        {
+            "w_ptr": "*u8",
+            "scale_ptr": "*fp32",
+            "out_ptr": "*bf16",
+            "N": "i32",
+            "K": "i32",
+            "stride_wn": "i32",
+            "stride_sn": "i32",
+        },
+        {"stride_sk": 1, "BLOCK_N": block_n, "BLOCK_K": block_k},
+        unaligned=("stride_sn",),
+    )
+
+
 _NATIVE = Needs(nvfp4_matrix=True, tma_loads=True, store_width=16)
+
+
+def _quantizes(arch: Architecture) -> Needs:
+    return Needs(load_width=16, store_width=8, e2m1_encodes=arch.converts_e2m1)
 
 
 def _multiplies(arch: Architecture) -> bool:
@@ -280,6 +546,28 @@ CASES: dict[str, Case] = {
             _matmul_pointer,
             lambda arch: Needs(matrix=True, load_width=8, store_width=16),
             lambda arch: arch is SM90,
+        ),
+        Case("grouped_matmul", _grouped_matmul, lambda arch: _NATIVE, _multiplies),
+        Case(
+            "grouped_matmul (float16)",
+            _grouped_pointer,
+            lambda arch: Needs(matrix=True, load_width=8, store_width=16),
+            lambda arch: arch is SM90,
+        ),
+        Case("silu_mul_quantize", _silu_mul_quantize, _quantizes),
+        Case("rms_norm_quantize", _rms_norm_quantize, _quantizes),
+        Case("rope", _rope, lambda arch: Needs(load_width=16, store_width=16)),
+        Case("route", _route, lambda arch: Needs(load_width=16)),
+        Case(
+            "mla_decode",
+            _mla_decode,
+            lambda arch: Needs(matrix=True, load_width=16, store_width=16),
+        ),
+        Case("mla_decode (join)", _mla_join, lambda arch: Needs(load_width=16, store_width=8)),
+        Case(
+            "dequantize_fp8_block",
+            _dequantize_fp8_block,
+            lambda arch: Needs(load_width=16, store_width=16),
         ),
     )
 }

@@ -248,8 +248,8 @@ TMA_CONFIG_SM120 = MatmulConfig(block_m=128, block_n=128, block_k=256, stages=2,
 SPECIALIZED_CONFIG = MatmulConfig(
     block_m=128, block_n=128, block_k=256, stages=4, warps=4, specialize=True
 )
-#: Few rows of A, native: block_n is set by their number.
-FEW_CONFIG = MatmulConfig(block_m=128, block_n=32, block_k=256, stages=4, warps=4)
+#: Few rows of A, native: block_n is the most of them in a tile.
+FEW_CONFIG = MatmulConfig(block_m=128, block_n=64, block_k=256, stages=4, warps=4)
 FEW_CONFIG_SM120 = MatmulConfig(block_m=128, block_n=32, block_k=256, stages=3, warps=4)
 #: Decoded to float16.
 POINTER_CONFIG = MatmulConfig(block_m=128, block_n=128, block_k=64, stages=3, warps=8)
@@ -421,7 +421,7 @@ def _matmul_few(
     config = few_config(architecture_of(a_codes))
     out = torch.empty(M, N, dtype=dtype, device=a_codes.device)
     linear = rows_of(a_scales).view(torch.uint8)
-    block_n = power_of_two(M, least=16, most=FEW_ROWS)
+    block_n = power_of_two(M, least=16, most=config.block_n)
     launch(
         _matmul_few_kernel,
         (ceil_div(N, config.block_m), ceil_div(M, block_n)),

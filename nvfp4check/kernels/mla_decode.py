@@ -15,11 +15,13 @@ Contract:
     beyond     pages, page numbers and tokens past the length are not read
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 
-from nvfp4check.kernels.arch import INTERPRETER, architecture_of
+from nvfp4check.kernels.arch import INTERPRETER, SM90, Architecture, architecture_of
 from nvfp4check.kernels.launch import (
     INPUT_DTYPES,
     ceil_div,
@@ -161,6 +163,27 @@ def _mla_join_kernel(
     tl.store(out_ptr + row * L + offs_l, values.to(out_ptr.dtype.element_ty), mask=offs_l < L)
 
 
+@dataclass(frozen=True, slots=True)
+class DecodeTile:
+    """Heads and tokens that meet in one step, and how the loop is pipelined."""
+
+    block_h: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+def decode_tile(arch: Architecture, heads: int, itemsize: int) -> DecodeTile:
+    """Return the tile for an element of 2 bytes or of 4, which take products of full precision."""
+    if arch is INTERPRETER:
+        return DecodeTile(power_of_two(heads, least=16, most=64), 64, 4, 1)
+    if itemsize == 4:
+        return DecodeTile(16, 16, 4, 1)
+    # More heads at once would read the cache less often, and spill.
+    tokens = 16 if arch.shared_memory < SM90.shared_memory else 32
+    return DecodeTile(power_of_two(heads, least=16, most=32), tokens, 8, 2)
+
+
 def mla_decode(
     q_latent: torch.Tensor,
     q_rope: torch.Tensor,
@@ -212,13 +235,11 @@ def mla_decode(
     maximum = torch.empty(B, H, splits, dtype=torch.float32, device=device)
     total = torch.empty(B, H, splits, dtype=torch.float32, device=device)
     out = torch.empty(B, H, L, dtype=q_latent.dtype, device=device)
-    interpreted = architecture_of(q_latent) is INTERPRETER
-    wide = q_latent.dtype == torch.float32
-    block_h = power_of_two(H, least=16, most=16 if wide else 64)
+    tile = decode_tile(architecture_of(q_latent), H, q_latent.element_size())
     block_l = power_of_two(L, least=16, most=4096)
     launch(
         _mla_decode_kernel,
-        (B, ceil_div(H, block_h), splits),
+        (B, ceil_div(H, tile.block_h), splits),
         q_latent,
         q_rope,
         latent_pages,
@@ -245,13 +266,13 @@ def mla_decode(
         on=q_latent,
         PAGE=page,
         SPLIT=SPLIT,
-        BLOCK_H=block_h,
-        BLOCK_N=64 if interpreted else (16 if wide else 32),
+        BLOCK_H=tile.block_h,
+        BLOCK_N=tile.block_n,
         BLOCK_L=block_l,
         BLOCK_R=power_of_two(R, least=16, most=4096),
         PRECISION="ieee",
-        num_warps=8 if block_h >= 64 else 4,
-        num_stages=2,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
     launch(
         _mla_join_kernel,
