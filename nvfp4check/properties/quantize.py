@@ -44,11 +44,14 @@ def _families(setting: Setting) -> Iterator[Case]:
 
 
 def _shapes(setting: Setting) -> Iterator[Case]:
-    yield _case("0 x 64 bfloat16", torch.empty(0, 64, dtype=torch.bfloat16), 0.01)
     for rows, blocks in inputs.shapes():
         x = inputs.gaussian(setting.generator(3, rows, blocks), rows, blocks * BLOCK_SIZE)
         x = x.to(torch.bfloat16)
         yield _case(f"{rows} x {blocks * BLOCK_SIZE} bfloat16", x, _amax_scale(x))
+
+
+def _no_rows(setting: Setting) -> Iterator[Case]:
+    yield _case("0 x 64 bfloat16", torch.empty(0, 64, dtype=torch.bfloat16), 0.01)
 
 
 def _every_width(setting: Setting) -> Iterator[Case]:
@@ -302,10 +305,16 @@ PROPERTIES = (
     ),
     _law(
         name="every-shape",
-        law="rows round every tile size, with 0 to 17 blocks in a row, are quantised alike",
+        law="rows round every tile size, with 1 to 17 blocks in a row, are quantised alike",
         generate=_shapes,
         check=_check,
         shrink=_shrink,
+    ),
+    _law(
+        name="no-rows",
+        law="no rows give no codes and no block scales",
+        generate=_no_rows,
+        check=_check,
     ),
     _law(
         name="every-width",

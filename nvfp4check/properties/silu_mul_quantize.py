@@ -52,6 +52,9 @@ def _shapes(setting: Setting) -> Iterator[Case]:
         up = inputs.gaussian(setting.generator(6, rows, blocks), rows, columns)
         label = f"{rows} x {columns} bfloat16"
         yield _case(label, gate.to(torch.bfloat16), up.to(torch.bfloat16))
+
+
+def _no_rows(setting: Setting) -> Iterator[Case]:
     none = torch.empty(0, 64, dtype=torch.bfloat16)
     yield _case("0 x 64 bfloat16", none, none)
 
@@ -113,8 +116,14 @@ PROPERTIES = (
     ),
     _law(
         name="every-shape",
-        law="rows round every tile size, with 0 to 17 blocks in a row, are quantised alike",
+        law="rows round every tile size, with 1 to 17 blocks in a row, are quantised alike",
         generate=_shapes,
+        check=_check,
+    ),
+    _law(
+        name="no-rows",
+        law="no rows give no codes and no block scales",
+        generate=_no_rows,
         check=_check,
     ),
     _law(

@@ -190,6 +190,19 @@ def _kernels_markdown(document: Document, extras: Extras) -> str:
     return kernels_markdown(document)
 
 
+def _kernels_html(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.page import render_page
+
+    tones = {"pass": "info", "skip": "warning", "fail": "error"}
+    return render_page("kernels.html.j2", runs=document.get("runs") or [document], tones=tones)
+
+
+def _kernels_list_html(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.page import render_page
+
+    return render_page("kernels_list.html.j2", document=document)
+
+
 def _kernels_list_text(document: Document, extras: Extras) -> str:
     from nvfp4check.report.kernels_text import kernels_list_text
 
@@ -237,8 +250,10 @@ _RENDERERS: dict[tuple[str, Format], Renderer] = {
     ("inspect", Format.HTML): _inspect_html,
     ("kernels", Format.TEXT): _kernels_text,
     ("kernels", Format.MARKDOWN): _kernels_markdown,
+    ("kernels", Format.HTML): _kernels_html,
     ("kernels-list", Format.TEXT): _kernels_list_text,
     ("kernels-list", Format.MARKDOWN): _kernels_list_markdown,
+    ("kernels-list", Format.HTML): _kernels_list_html,
     ("rules", Format.TEXT): _rules_text,
     ("rules", Format.MARKDOWN): _rules_markdown,
     ("rules", Format.HTML): _rules_html,

@@ -85,7 +85,9 @@ def test_an_older_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 #: What real libraries are known to do against a law: each is described in the README.
 KNOWN = {
-    ("torchao", "quantize", "every-shape"): "reshape",
+    ("torchao", "quantize", "no-rows"): "reshape",
+    ("modelopt", "quantize", "no-rows"): "reshape",
+    ("modelopt", "dequantize", "no-rows"): "reshape",
     ("torchao", "dequantize", "strides-do-not-matter"): "invalid for input",
 }
 

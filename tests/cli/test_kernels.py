@@ -56,10 +56,12 @@ def test_the_list_names_every_operation_and_says_what_is_missing(run: Run) -> No
     assert "vllm is not installed: pip install vllm" in quantizers["vllm"]["why"]
 
 
-def test_the_list_is_readable(run: Run) -> None:
-    ended = run("kernels", "list", "--op", "rope")
+@pytest.mark.parametrize("format", ["text", "markdown", "html"])
+def test_the_list_is_readable(run: Run, format: str) -> None:
+    ended = run("kernels", "list", "--op", "rope", "--format", format)
 
-    assert "rope(x, positions, config) -> rotated" in ended.out
+    signature = "rope(x, positions, config) -> rotated"
+    assert signature.replace(">", "&gt;" if format == "html" else ">") in ended.out
     assert "reference" in ended.out
     assert "matmul" not in ended.out
 
@@ -98,7 +100,7 @@ def test_a_broken_kernel_exits_with_one_and_shows_the_worst(run: Run) -> None:
     assert worst["actual_bits"] == "0x00"
 
 
-@pytest.mark.parametrize("format", ["text", "markdown"])
+@pytest.mark.parametrize("format", ["text", "markdown", "html"])
 def test_a_failure_is_told_in_words(run: Run, format: str) -> None:
     ended = run("kernels", "test", "--impl", "my_fp4_kernels:swapped", "--format", format)
 
