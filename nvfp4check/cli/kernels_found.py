@@ -9,19 +9,11 @@ from typing import Any
 from nvfp4check.adapters import implementations as adapted
 from nvfp4check.adapters.implementation import Implementation
 from nvfp4check.findings import CheckError
+from nvfp4check.kernels.registry import LAUNCHERS
 from nvfp4check.ops import OPERATIONS, operation, resolve
 
 #: The group of entry points by which a package makes its kernels known.
 ENTRY_POINT_GROUP = "nvfp4check.kernels"
-
-#: Kernels of this project.
-_OWN = {
-    "quantize": "nvfp4check.kernels.quantize:quantize",
-    "dequantize": "nvfp4check.kernels.dequantize:dequantize",
-    "swizzle": "nvfp4check.kernels.swizzle:swizzle",
-    "unswizzle": "nvfp4check.kernels.swizzle:unswizzle",
-    "matmul": "nvfp4check.kernels.matmul:matmul",
-}
 
 
 def found(device: str = "cpu") -> list[Implementation]:
@@ -37,12 +29,7 @@ def _reference() -> list[Implementation]:
 
 
 def _own(device: str) -> list[Implementation]:
-    missing = None
-    if sys.platform != "linux":
-        missing = "triton runs on Linux"
-    elif device == "cpu":
-        # Triton reads this as it is imported: interpreted kernels need no GPU.
-        os.environ.setdefault("TRITON_INTERPRET", "1")
+    missing = None if sys.platform == "linux" else "triton runs on Linux"
     return [
         Implementation(
             name="triton",
@@ -52,7 +39,7 @@ def _own(device: str) -> list[Implementation]:
             device=device,
             unavailable=missing,
         )
-        for name, path in _OWN.items()
+        for name, path in LAUNCHERS.items()
     ]
 
 

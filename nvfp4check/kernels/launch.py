@@ -1,6 +1,7 @@
 """Launch a kernel where its tensors are, and the checks every launcher makes."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
@@ -8,8 +9,21 @@ from nvfp4check.kernels import interpreter
 from nvfp4check.kernels.arch import INTERPRETER, architecture_of
 from nvfp4ref.formats import BLOCK_SIZE
 
+Launcher = TypeVar("Launcher", bound=Callable[..., object])
+
 #: What activations and weights come in before they are quantised.
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def declares(**facts: object) -> Callable[[Launcher], Launcher]:
+    """Give a launcher the facts about its arithmetic that a check of it reads as attributes."""
+
+    def mark(launcher: Launcher) -> Launcher:
+        for name, value in facts.items():
+            setattr(launcher, name, value)
+        return launcher
+
+    return mark
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, on: torch.Tensor, **kwargs: Any) -> None:

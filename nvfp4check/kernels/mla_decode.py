@@ -8,8 +8,7 @@ Contract:
                before exp2, so nothing overflows
     output     weights @ latent in float32, divided by their sum, rounded to the dtype of q_latent;
                a sequence of no tokens gives zeros
-    dtype      weights are rounded to the dtype of the cache before they meet it: with bfloat16
-               pages the kernel declares `intermediate = "bfloat16"`
+    dtype      weights are rounded to the dtype of the cache before they meet it
     split      a sequence is cut every SPLIT tokens whatever else is in the batch, and its parts are
                joined in order: results do not depend on the batch, and repeat bit for bit
     beyond     pages, page numbers and tokens past the length are not read
@@ -28,6 +27,7 @@ from nvfp4check.kernels.launch import (
     check_device,
     check_dtype,
     check_shape,
+    declares,
     launch,
     power_of_two,
 )
@@ -184,6 +184,7 @@ def decode_tile(arch: Architecture, heads: int, itemsize: int) -> DecodeTile:
     return DecodeTile(power_of_two(heads, least=16, most=32), tokens, 8, 2)
 
 
+@declares(intermediate="bfloat16")
 def mla_decode(
     q_latent: torch.Tensor,
     q_rope: torch.Tensor,

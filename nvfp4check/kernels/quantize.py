@@ -25,6 +25,7 @@ from nvfp4check.kernels.launch import (
     check_dtype,
     check_scalar,
     check_shape,
+    declares,
     launch,
     power_of_two,
     rows_of,
@@ -170,6 +171,7 @@ def check_convention(convention: str) -> str:
     return str(convention)
 
 
+@declares(reciprocal="ieee")
 def quantize(
     x: torch.Tensor,
     global_decode_scale: torch.Tensor,

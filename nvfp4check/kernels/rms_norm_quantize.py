@@ -26,6 +26,7 @@ from nvfp4check.kernels.launch import (
     check_dtype,
     check_scalar,
     check_shape,
+    declares,
     launch,
     power_of_two,
     rows_of,
@@ -107,6 +108,7 @@ def row_tile(arch: Architecture, rows: int, columns: int) -> RowTile:
     return RowTile(block_m, block_k, power_of_two(block_m * block_k // 1024, most=16))
 
 
+@declares(reciprocal="ieee")
 def rms_norm_quantize(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -21,6 +21,7 @@ from nvfp4check.kernels.launch import (
     check_dtype,
     check_scalar,
     check_shape,
+    declares,
     launch,
     rows_of,
 )
@@ -81,6 +82,7 @@ def _silu_mul_quantize_kernel(
     )
 
 
+@declares(reciprocal="ieee")
 def silu_mul_quantize(
     gate: torch.Tensor,
     up: torch.Tensor,
