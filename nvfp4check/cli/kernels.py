@@ -169,11 +169,12 @@ def _run(one: Any, device: str, seed: int, max_examples: int | None) -> dict[str
     from nvfp4check.tolerance import Facts
 
     kernel = one.kernel()
+    facts = Facts(**one.facts) if one.facts else Facts.declared_by(kernel)
     if one.name in ("reference", "triton") and OPERATIONS[one.operation].has_convention:
         kernel = partial(kernel, convention=one.convention)
     setting = Setting(
         convention=one.convention,
-        facts=Facts(**one.facts) if one.facts else Facts.declared_by(kernel),
+        facts=facts,
         device=device,
         seed=seed,
         max_examples=DEFAULT_EXAMPLES if max_examples is None else max_examples,
