@@ -21,6 +21,10 @@ BENCHES: dict[str, tuple[str, str]] = {
         "nvfp4check.bench.exhaustive",
         "all 2**32 float32 values through E2M1 and E4M3, against independent casts",
     ),
+    "forward": (
+        "nvfp4check.bench.forward",
+        "one full-size layer with experts, streamed: memory, bytes a second, shares",
+    ),
 }
 
 

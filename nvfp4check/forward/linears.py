@@ -13,6 +13,7 @@ import torch
 from nvfp4check.checkpoint.naming import LogicalWeight, Part, WeightFormat
 from nvfp4check.dequantize import dequantize_fp8_block, dequantize_nvfp4
 from nvfp4check.findings import CheckError
+from nvfp4check.forward.exact import FEW_ROWS, engine_operand, product_of_few
 from nvfp4check.forward.meter import Meter
 from nvfp4check.forward.reading import RawParts, ReadAhead, as_stored
 from nvfp4ref import e4m3, fp8_block, matmul, nvfp4
@@ -105,15 +106,42 @@ class StreamedLinear:
         return out
 
     def _nvfp4_product(self, x: torch.Tensor, raw: RawParts) -> torch.Tensor:
-        input_scale = self._scale(raw, Part.INPUT_SCALE)
+        decode, encode = self._input_scales(raw)
+        alpha = decode * self._scale(raw, Part.GLOBAL_SCALE)
         with self._meter.timing("quantize"):
-            codes, scales = nvfp4.quantize(x.to(torch.float32), input_scale, Convention.ENGINE)
-            a = matmul.operand(codes, scales)
-        product = self._by_rows(
-            a, lambda rows: self._nvfp4(raw, rows, None, torch.float64), lambda w: a @ w.T
-        )
-        alpha = input_scale * self._scale(raw, Part.GLOBAL_SCALE)
+            a = self._activations(x, decode, encode)
+        if len(a) <= FEW_ROWS and a.device.type == "cpu":
+            codes = self._tensor(raw, Part.CODES)
+            with self._meter.timing("multiply"):
+                product = product_of_few(a, codes, self._tensor(raw, Part.BLOCK_SCALES))
+        else:
+            product = self._by_rows(
+                a, lambda rows: self._nvfp4(raw, rows, None, torch.float64), lambda w: a @ w.T
+            )
         return (alpha.double() * product).to(x.dtype)
+
+    def _activations(
+        self, x: torch.Tensor, decode: torch.Tensor, encode: torch.Tensor
+    ) -> torch.Tensor:
+        """Return codes times block scales of x, [M, K] in float64."""
+        if x.device.type == "cpu":
+            return engine_operand(x, encode)
+        codes, scales = nvfp4.quantize(
+            x.to(torch.float32), decode, Convention.ENGINE, global_encode_scale=encode
+        )
+        return matmul.operand(codes, scales)
+
+    def _input_scales(self, raw: RawParts) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the input scale that decodes and the one that encodes; one of them is stored."""
+        decode = self._scale(raw, Part.INPUT_SCALE)
+        if self._weight.global_scale_is_reciprocal:
+            encode = self._tensor(raw, Part.INPUT_SCALE).reshape(()).to(torch.float32)
+        else:
+            encode = 1.0 / decode
+        if not 0 < float(decode) < float("inf") or not 0 < float(encode) < float("inf"):
+            name = self._weight.parts[Part.INPUT_SCALE].name
+            raise CheckError(f"{name}: {float(decode)}, expected a positive number; run validate")
+        return decode, encode
 
     def _fp8_product(self, x: torch.Tensor, raw: RawParts) -> torch.Tensor:
         with self._meter.timing("quantize"):

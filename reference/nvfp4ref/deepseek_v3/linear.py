@@ -82,6 +82,8 @@ class Nvfp4Linear:
     block_scales: torch.Tensor
     global_decode_scale: torch.Tensor
     input_decode_scale: torch.Tensor | None = None
+    #: The stored reciprocal, of producers that store it: 1 / (1 / E) need not be E.
+    input_encode_scale: torch.Tensor | None = None
     #: AWQ: what the input is multiplied with first, [K].
     pre_quant_scale: torch.Tensor | None = None
     mode: LinearMode = LinearMode.STORED
@@ -93,7 +95,10 @@ class Nvfp4Linear:
         if self.mode is not LinearMode.STORED or self.input_decode_scale is None:
             return multiply(x, self.dequantized(x.dtype))
         a_codes, a_scales = nvfp4.quantize(
-            x.to(torch.float32), self.input_decode_scale, Convention.ENGINE
+            x.to(torch.float32),
+            self.input_decode_scale,
+            Convention.ENGINE,
+            global_encode_scale=self.input_encode_scale,
         )
         product = matmul.exact(a_codes, a_scales, self.packed_codes, self.block_scales).value
         alpha = self.input_decode_scale * self.global_decode_scale

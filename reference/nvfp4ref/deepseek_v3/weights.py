@@ -183,6 +183,9 @@ class StateDict:
                 input_decode_scale=_reciprocal(beside["input_global_scale"])
                 if "input_global_scale" in beside
                 else None,
+                input_encode_scale=_scalar(beside["input_global_scale"])
+                if "input_global_scale" in beside
+                else None,
                 mode=self._mode,
             )
         weight = self.tensor(f"{module}.weight")
