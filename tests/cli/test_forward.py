@@ -1,0 +1,112 @@
+"""`nvfp4check forward` and `nvfp4check golden` from the command line."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nvfp4check.activations import Run
+
+TINY = Path(__file__).parents[2] / "goldens" / "tiny-deepseek-v3"
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"id": "x\\u001b[31m", "tokens": [0, 41, 574]}\n{"id": "y", "tokens": [7]}')
+    return file
+
+
+def test_a_run_is_written_and_told_as_json(
+    run: Callable[..., Any], prompts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    done = run(
+        *("forward", str(TINY / "nvfp4"), "--prompts", str(prompts), "--out", str(out)),
+        *("--activations", "hidden", "--format", "json"),
+    )
+
+    document = json.loads(done.out)
+    assert done.code == 0
+    assert document["schema"] == "nvfp4check/forward/1"
+    assert document["mode"] == "stored"
+    assert document["layers_computed"] == 5
+    opened = Run.open(out)
+    assert document["prompts"][1]["next_token"] == int(opened.logits("y")[-1].argmax())
+    assert opened.layers == (0, 1, 2, 3, 4)
+
+
+@pytest.mark.parametrize("format", ["text", "markdown", "html"])
+def test_a_run_is_told_with_hostile_names_made_harmless(
+    format: str, run: Callable[..., Any], prompts: Path, tmp_path: Path
+) -> None:
+    done = run(
+        *("forward", str(TINY / "bf16"), "--prompts", str(prompts), "--out", str(tmp_path / "r")),
+        *("--format", format),
+    )
+
+    assert done.code == 0
+    assert "\x1b" not in done.out
+    assert r"x\x1b[31m" in done.out
+    assert "unquantized" in done.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--logits", "topk:0"], "give full, hidden, or topk:N"),
+        (["--logits", "best"], "give full, hidden, or topk:N"),
+        (["--layers", "3"], "give A:B"),
+        (["--layers", "4:9"], "the model has layers 0 to 4"),
+        (["--layers", "2:4"], "begin with --layers 0:2"),
+        (["--perturb", "ulp:int8"], "give ulp:bfloat16"),
+        (["--device", "cuda:77"], "--device cuda:77"),
+        (["--device", "toaster"], "--device toaster"),
+        (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--routing", "nowhere"], "no run.json"),
+        (["--mode", "unquantized"], "weights are quantised"),
+    ],
+)
+def test_what_cannot_be_done_ends_with_a_message_and_exit_code_2(
+    arguments: list[str], message: str, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    done = run("forward", str(TINY / "nvfp4"), "--out", str(tmp_path / "run"), *arguments)
+
+    assert done.code == 2
+    assert message in done.err
+    assert "Traceback" not in done.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_golden_is_recorded_then_verified_then_missed(
+    run: Callable[..., Any], prompts: Path, tmp_path: Path
+) -> None:
+    out, golden = str(tmp_path / "run"), str(tmp_path / "golden")
+    run("forward", str(TINY / "bf16"), "--prompts", str(prompts), "--out", out)
+
+    recorded = run("golden", "record", out, golden, "--origin", "a test")
+    verified = run("golden", "verify", golden, "--run", out)
+    fresh = run("golden", "verify", golden, "--checkpoint", str(TINY / "bf16"))
+    changed = str(tmp_path / "changed")
+    run("forward", str(TINY / "fp8"), "--prompts", str(prompts), "--out", changed)
+    other = run(
+        *("golden", "verify", golden, "--run", changed, "--close", "float32", "--format", "json")
+    )
+
+    assert (recorded.code, verified.code, fresh.code) == (1, 0, 0)
+    assert "recorded: was missing" in recorded.out
+    assert "holds" in verified.out
+    assert other.code == 1
+    assert json.loads(other.out)["verdict"] == "fail"
+
+
+@pytest.mark.parametrize("format", ["markdown", "html"])
+def test_differences_of_a_golden_are_shown_in_every_format(
+    format: str, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    done = run("golden", "verify", str(tmp_path / "none"), "--format", format)
+
+    assert done.code == 1
+    assert "no golden is recorded here" in done.out
