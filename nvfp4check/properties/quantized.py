@@ -254,8 +254,8 @@ def _allowed_codes(
     inside |= found == wanted
     # A tiny value that is not zero may have been flushed, alone or with its whole block.
     may_flush = values.abs() <= spread
-    flushed = may_flush.unflatten(-1, (-1, BLOCK_SIZE)).all(-1)
-    flushed &= (values != 0).unflatten(-1, (-1, BLOCK_SIZE)).any(-1)
+    in_blocks = (*actual[1].shape, BLOCK_SIZE)
+    flushed = may_flush.view(in_blocks).all(-1) & (values != 0).view(in_blocks).any(-1)
     flushed = flushed.repeat_interleave(BLOCK_SIZE, dim=-1)
     undecided = other_scale | flushed | (may_flush & (values != 0))
     inside |= (stored == 0) & undecided
