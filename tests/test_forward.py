@@ -399,8 +399,28 @@ EXPERT = "model.layers.2.mlp.experts.7.up_proj"
         (lambda t, c: c.update(architectures=["LlamaForCausalLM"]), "LlamaForCausalLM"),
         (lambda t, c: c.pop("kv_lora_rank"), "lacks kv_lora_rank"),
         (lambda t, c: c.update(scoring_func="softmax"), "softmax"),
+        (lambda t, c: c.update(hidden_size="256"), "hidden_size '256', expected a whole number"),
+        (lambda t, c: c.update(num_hidden_layers=10**9), "promises 1,000,000,000 layers"),
+        (lambda t, c: c.update(n_group=0), "n_group 0"),
+        (lambda t, c: c.update(rope_theta=-1), "rope_theta -1"),
+        (lambda t, c: c["rope_scaling"].update(factor="40"), r"rope_scaling\.factor '40'"),
+        (lambda t, c: c.update(qk_rope_head_dim=15), "expected an even number"),
     ],
-    ids=["expert", "global-scale", "scale-shape", "norm", "architecture", "config", "scoring"],
+    ids=[
+        "expert",
+        "global-scale",
+        "scale-shape",
+        "norm",
+        "architecture",
+        "config",
+        "scoring",
+        "string",
+        "layers",
+        "groups",
+        "theta",
+        "factor",
+        "odd",
+    ],
 )
 def test_a_checkpoint_that_cannot_be_computed_is_refused_before_the_first_layer(
     edit: Edit, message: str, tmp_path: Path
@@ -425,6 +445,13 @@ def test_a_value_that_is_not_finite_is_reported_with_layer_and_token(tmp_path: P
 
     with pytest.raises(CheckError, match="layer 3: the state of 42 of 42 tokens is not finite"):
         run_forward(checkpoint, PROMPTS, tmp_path / "run")
+
+
+def test_a_directory_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(CheckError, match="cannot be written: Not a directory"):
+        run_forward(TINY / "bf16", PROMPTS, tmp_path / "file" / "run")
 
 
 def test_too_little_memory_is_refused_with_what_is_needed(tmp_path: Path) -> None:

@@ -77,6 +77,12 @@ def check_weights(checkpoint: Checkpoint, config: DeepseekV3Config, layers: rang
     Raises:
         CheckError: So it is; the message names the first of them.
     """
+    most = max(layers.stop, config.n_routed_experts)
+    if most > len(checkpoint.weights):
+        raise CheckError(
+            f"{checkpoint.location}: config.json promises {most:,} layers or experts, and there "
+            f"are {len(checkpoint.weights):,} weights in all"
+        )
     names = needed(config, layers)
     missing = [name for name in names if name not in checkpoint.weights]
     if missing:

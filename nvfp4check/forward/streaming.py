@@ -94,9 +94,15 @@ def run_forward(
     options = options or ForwardOptions()
     checkpoint = open_checkpoint(location)
     pass_ = _Pass(checkpoint, prompts, options)
-    journal = Journal.begin(out, pass_.info, resume=options.resume)
     start = time.perf_counter()
-    layers = 0 if journal.complete else pass_.compute(journal, progress)
+    try:
+        journal = Journal.begin(out, pass_.info, resume=options.resume)
+        layers = 0 if journal.complete else pass_.compute(journal, progress)
+    except OSError as error:
+        raise CheckError(
+            f"{out}: cannot be written: {error.strerror or error}; make room or choose another "
+            "directory, and continue with --resume"
+        ) from error
     return ForwardResult(
         run=Run.open(out),
         meter=pass_.meter,

@@ -11,7 +11,7 @@ Sources: DeepSeek-V3's config.json, modeling_deepseek.py and inference/model.py.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from typing import Any, Self
 
 
@@ -74,8 +74,12 @@ class RotaryConfig:
             theta = scaling.get("rope_theta", found.get("rope_theta", 10000.0))
         else:
             theta = found.get("rope_theta", 10000.0)
+        width = found["qk_rope_head_dim"]
+        if type(width) is not int or width < 2 or width % 2:
+            raise ValueError(f"qk_rope_head_dim is {width!r}, expected an even number")
+        _require_number("rope_theta", theta, least=1.0)
         return cls(
-            qk_rope_head_dim=int(found["qk_rope_head_dim"]),
+            qk_rope_head_dim=width,
             rope_theta=float(theta),
             rope_scaling=scaling if isinstance(scaling, YarnConfig) else _yarn(scaling),
         )
@@ -100,7 +104,22 @@ def _yarn(scaling: Mapping[str, Any] | None) -> YarnConfig | None:
     if missing:
         raise ValueError(f"rope_scaling of type yarn lacks {', '.join(missing)}")
     known = {field.name for field in fields(YarnConfig)}
-    return YarnConfig(**{name: value for name, value in scaling.items() if name in known})
+    found = {name: value for name, value in scaling.items() if name in known}
+    for name, value in found.items():
+        if value is not None or not name.startswith("mscale"):
+            _require_number(f"rope_scaling.{name}", value)
+    return YarnConfig(**found)
+
+
+def _require_number(name: str, value: object, least: float = 0.0) -> None:
+    """Refuse what is no finite number above `least`.
+
+    Raises:
+        ValueError: So it is.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not least < float(value) < float("inf"):  # type: ignore[arg-type]
+        raise ValueError(f"config.json has {name} {value!r}, expected a number above {least:g}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +173,8 @@ class DeepseekV3Config:
         for name, only in _ONLY.items():
             if config.get(name, only) != only:
                 raise ValueError(f"config.json has {name} {config[name]!r}; supported is {only!r}")
+        for field in fields(cls):
+            _check_field(field, found)
         result = cls(rotary=RotaryConfig.of(config), **found)
         result._check_groups()
         return result
@@ -191,6 +212,27 @@ class DeepseekV3Config:
         """Whether this layer has experts; the MTP layers all have."""
         return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
 
+
+def _check_field(field: "Field[Any]", found: Mapping[str, Any]) -> None:
+    """Refuse a value that is not of the field's type, or below what makes sense.
+
+    Raises:
+        ValueError: So it is.
+    """
+    name = field.name
+    if name == "rotary" or (name == "q_lora_rank" and found[name] is None):
+        return
+    value = found[name]
+    if field.type is bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"config.json has {name} {value!r}, expected true or false")
+    elif field.type is float:
+        _require_number(name, value)
+    elif type(value) is not int or value < (0 if name in _MAY_BE_ZERO else 1):
+        raise ValueError(f"config.json has {name} {value!r}, expected a whole number")
+
+
+_MAY_BE_ZERO = ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers")
 
 #: Fields that have one supported value where they are present.
 _ONLY = {
