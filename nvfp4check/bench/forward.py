@@ -148,8 +148,9 @@ def forward(directory: Path, tokens: int, mode: str) -> tuple[dict[str, Any], fl
 def alone(checkpoint: Checkpoint, tokens: int, mode: str, share: int = 8) -> dict[str, float]:
     """Return the seconds of reading, dequantising and multiplying the experts, each alone.
 
-    Every `share`-th expert is measured, and the time multiplied; each gets the rows it has when
-    tokens spread evenly.
+    Every `share`-th expert is measured and the time multiplied; each gets the rows it has when
+    tokens spread evenly. Dequantisation is to float32, the product in the dtype of the mode of
+    weights that have it already.
     """
     names = [
         name
@@ -166,22 +167,21 @@ def alone(checkpoint: Checkpoint, tokens: int, mode: str, share: int = 8) -> dic
             start = time.perf_counter()
             raw = reader.take(weight)
             spent["read"] += time.perf_counter() - start
-            step = 256
             stored = {part: as_stored(raw[part], weight.parts[part]) for part in weight.parts}
-            x = torch.ones(rows, weight.shape[1], dtype=wide)
-            for first in range(0, weight.shape[0], step):
-                start = time.perf_counter()
-                values = dequantize_nvfp4(
-                    stored[Part.CODES][first : first + step],
-                    stored[Part.BLOCK_SCALES][first : first + step],
-                    torch.ones(()),
-                    torch.float32,
-                    threads=torch.get_num_threads(),
-                ).to(wide)
-                middle = time.perf_counter()
-                x @ values.T
-                spent["multiply"] += time.perf_counter() - middle
-                spent["dequantize"] += middle - start
+            room = torch.empty(weight.shape)
+            start = time.perf_counter()
+            dequantize_nvfp4(
+                stored[Part.CODES],
+                stored[Part.BLOCK_SCALES],
+                torch.ones(()),
+                out=room,
+                threads=torch.get_num_threads(),
+            )
+            spent["dequantize"] += time.perf_counter() - start
+            values, x = room.to(wide), torch.ones(rows, weight.shape[1], dtype=wide)
+            start = time.perf_counter()
+            x @ values.T
+            spent["multiply"] += time.perf_counter() - start
     return {work: seconds * share for work, seconds in spent.items()}
 
 

@@ -8,7 +8,7 @@ import torch
 from nvfp4ref.deepseek_v3.attention import AttentionForm, attention, mla_decode
 from nvfp4ref.deepseek_v3.cache import CacheFormat, LatentCache
 from nvfp4ref.deepseek_v3.config import DeepseekV3Config
-from nvfp4ref.deepseek_v3.model import ModelWeights, forward
+from nvfp4ref.deepseek_v3.model import ModelWeights, empty_caches, forward
 from nvfp4ref.deepseek_v3.weights import StateDict, attention_weights, model_weights
 
 Make = Callable[..., dict[str, torch.Tensor]]
@@ -65,6 +65,24 @@ def test_decoding_token_by_token_equals_prefill(
     decoded = torch.cat(steps, dim=1)
 
     assert relative(decoded, torch.stack(prefill)) < FLOAT64_FLOOR
+
+
+@pytest.mark.parametrize("format", [CacheFormat.FP8, CacheFormat.BFLOAT16])
+def test_decoding_through_a_rounding_cache_equals_prefill_through_it(
+    model: ModelWeights, odd_config: DeepseekV3Config, format: CacheFormat
+) -> None:
+    tokens = sequences(6)[0]
+    empty = [empty_caches(1, odd_config, torch.float64, format, scale=0.25) for _ in model.layers]
+    prefill, _, _ = forward([tokens], model, odd_config, torch.float64, caches=empty)
+    plain, _, _ = forward([tokens], model, odd_config, torch.float64)
+
+    steps, caches = [], empty
+    for token in tokens:
+        logits, _, caches = forward([token[None]], model, odd_config, torch.float64, caches=caches)
+        steps.append(logits[0])
+
+    assert relative(torch.cat(steps), prefill[0]) < FLOAT64_FLOOR
+    assert relative(plain[0], prefill[0]) > 1e-4
 
 
 def test_prompts_do_not_see_one_another(model: ModelWeights, odd_config: DeepseekV3Config) -> None:
