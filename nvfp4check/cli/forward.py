@@ -191,7 +191,8 @@ def _run(
 
         def report(step: Step) -> None:
             if bar is not None:
-                bar(step.bytes_read, step.bytes_expected)
+                what = f"Layer {step.layer}/{step.stop}" if step.layer < step.stop else "Head"
+                bar(step.bytes_read, step.bytes_expected, what)
 
         return run_forward(checkpoint, prompts, out, options, report)
 

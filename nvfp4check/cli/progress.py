@@ -1,11 +1,17 @@
 """A progress bar on stderr, where stderr is a terminal."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
-#: Called with how much is done and how much there is in all.
-Progress = Callable[[int, int], None]
+
+class Progress(Protocol):
+    """Hears how much is done and how much there is in all, and what is being done."""
+
+    def __call__(self, done: int, total: int, label: str | None = None) -> None:
+        """Show it."""
+        ...
 
 
 @contextmanager
@@ -30,7 +36,7 @@ def progress_bar(label: str, *, in_bytes: bool = False) -> Iterator[Progress | N
     with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task(label, total=None)
 
-        def report(done: int, total: int) -> None:
-            bars.update(task, completed=done, total=total)
+        def report(done: int, total: int, label: str | None = None) -> None:
+            bars.update(task, completed=done, total=total, description=label)
 
         yield report

@@ -1,6 +1,10 @@
 """`nvfp4check forward` and `nvfp4check golden` from the command line."""
 
 import json
+import os
+import pty
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,3 +114,26 @@ def test_differences_of_a_golden_are_shown_in_every_format(
 
     assert done.code == 1
     assert "no golden is recorded here" in done.out
+
+
+def test_progress_on_a_terminal_names_the_part_of_the_model_and_the_bytes(prompts: Path, tmp_path: Path) -> None:
+    terminal, side = pty.openpty()
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "nvfp4check", "forward", str(TINY / "bf16")),
+            *("--prompts", str(prompts), "--out", str(tmp_path / "run"), "--format", "json"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=side,
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "100"},
+        check=True,
+    )
+    os.close(side)
+    shown = os.read(terminal, 1 << 20).decode()
+    os.close(terminal)
+
+    document = json.loads(done.stdout)
+    megabytes = f"{document['bytes_read'] / 1e6:.1f}"
+    assert document["layers_computed"] == 5
+    assert "Head" in shown
+    assert f"{megabytes}/{megabytes} MB" in shown
