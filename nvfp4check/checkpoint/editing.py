@@ -1,14 +1,17 @@
 """A checkpoint in a local directory edited in place: the way faults are planted in a copy.
 
 Bytes are patched where they lie; a change of names, shapes or tensors rewrites the shard. The
-index follows unless told not to, so that one edit plants one fault.
+index follows unless told not to, so that one edit plants one fault. A file with a second hard link
+is copied before its first change, so that a copy made of links never reaches the original. Holes
+of sparse files stay holes.
 """
 
+import errno
 import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,6 +33,35 @@ def copy_checkpoint(source: str | Path, target: str | Path) -> "CheckpointEditor
     """Copy a checkpoint's directory, and open the copy for editing."""
     shutil.copytree(source, target, dirs_exist_ok=True)
     return CheckpointEditor(target)
+
+
+def link_checkpoint(source: str | Path, target: str | Path) -> "CheckpointEditor":
+    """Make a copy of hard links, and open it for editing.
+
+    Only files that belong to the checkpoint are taken, through links where they are links; a file
+    system that has no hard links gets copies.
+    """
+    storage = LocalStorage(source)
+    root = Path(source).resolve()
+    for name in storage.list():
+        place = Path(target) / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file = (root / name).resolve()
+        try:
+            os.link(file, place)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+                raise
+            copy_file(file, place)
+    return CheckpointEditor(target)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's content, leaving holes where it has holes."""
+    with source.open("rb") as reader, target.open("wb") as writer:
+        size = os.fstat(reader.fileno()).st_size
+        _copy_range(reader, writer, 0, size)
+        writer.truncate(size)
 
 
 class CheckpointEditor:
@@ -74,6 +106,10 @@ class CheckpointEditor:
 
     # Bytes
 
+    def read(self, name: str) -> bytes:
+        """Read a tensor's bytes."""
+        return self._read(self.entry(name))
+
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
         """Map a tensor's bytes for writing.
 
@@ -81,6 +117,7 @@ class CheckpointEditor:
         are more than one.
         """
         entry = self.entry(name)
+        self._own(entry.shard)
         size = DTYPE_BITS[entry.dtype] // 8
         shape = (*entry.shape, size) if size > 1 else entry.shape
         return np.memmap(
@@ -90,6 +127,7 @@ class CheckpointEditor:
     def array(self, name: str, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """Map a tensor for writing as numbers of a numpy dtype of the same width."""
         entry = self.entry(name)
+        self._own(entry.shard)
         return np.memmap(
             self.path / entry.shard,
             dtype,
@@ -103,6 +141,7 @@ class CheckpointEditor:
         entry = self.entry(name)
         if not 0 <= at <= at + len(data) <= entry.nbytes:
             raise ValueError(f"{name}: bytes {at} to {at + len(data)} of {entry.nbytes}")
+        self._own(entry.shard)
         with (self.path / entry.shard).open("r+b") as file:
             file.seek(entry.start + at)
             file.write(data)
@@ -114,7 +153,7 @@ class CheckpointEditor:
 
     def scalar(self, name: str) -> float:
         """Read the first element of an F32 tensor."""
-        return float(self.array(name, "<f4").reshape(-1)[0])
+        return float(np.frombuffer(self._read(self.entry(name)), "<f4")[0])
 
     # Tensors
 
@@ -129,6 +168,19 @@ class CheckpointEditor:
         self._rebuild(name, lambda spec, data: [])
         if index:
             self._move_in_index(name, None, "")
+
+    def drop_all(self, names: Collection[str], *, index: bool = True) -> None:
+        """Take many tensors out, rewriting each shard once."""
+        for shard in self.shards:
+            pieces = self._pieces(shard)
+            kept = [piece for piece in pieces if piece[0].name not in names]
+            if len(kept) < len(pieces):
+                self._rewrite(shard, kept)
+        if index and (self.path / INDEX_FILE).exists():
+            with self.edit_json(INDEX_FILE) as document:
+                for name in names:
+                    document["weight_map"].pop(name, None)
+            self._move_in_index(None, None, "")
 
     def replace(
         self,
@@ -197,8 +249,8 @@ class CheckpointEditor:
         with (self.path / shard).open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             file.seek(8 + length)
-            data = file.read()
-        (self.path / shard).write_bytes(frame_header(document) + data)
+            data_start = file.tell()
+            self._replace(shard, frame_header(document), [(data_start, None)])
 
     @contextmanager
     def edit_header(self, shard: str) -> Iterator[dict[str, Any]]:
@@ -214,15 +266,22 @@ class CheckpointEditor:
         path = self.path / name
         document = json.loads(path.read_text()) if path.exists() else {}
         yield document
+        path.unlink(missing_ok=True)
         path.write_text(json.dumps(document, indent=2))
 
     def truncate(self, name: str, size: int) -> None:
         """Cut a file to a size; a negative size cuts that many bytes off the end."""
         path = self.path / name
+        self._own(name)
         os.truncate(path, size if size >= 0 else path.stat().st_size + size)
+
+    def size(self, name: str) -> int:
+        """Return a file's size in bytes."""
+        return (self.path / name).stat().st_size
 
     def write_file(self, name: str, data: bytes | str) -> None:
         """Write a whole file."""
+        (self.path / name).unlink(missing_ok=True)
         (self.path / name).write_bytes(data.encode() if isinstance(data, str) else data)
 
     def drop_file(self, name: str) -> None:
@@ -230,6 +289,14 @@ class CheckpointEditor:
         (self.path / name).unlink()
 
     # How
+
+    def _own(self, name: str) -> None:
+        """Give the checkpoint a file of its own where the file has another link elsewhere."""
+        path = self.path / name
+        if path.stat().st_nlink > 1:
+            temporary = path.with_name(path.name + ".new")
+            copy_file(path, temporary)
+            temporary.replace(path)
 
     def _pieces(self, shard: str) -> list[_Piece]:
         return [
@@ -250,16 +317,28 @@ class CheckpointEditor:
         self._rewrite(shard, pieces)
 
     def _rewrite(self, shard: str, pieces: list[_Piece]) -> None:
+        header = encode_header((spec for spec, _ in pieces), self.header(shard).metadata)
+        contents: list[bytes | tuple[int, int | None]] = [
+            data if isinstance(data, bytes) else (data.start, data.stop) for _, data in pieces
+        ]
+        self._replace(shard, header, contents)
+
+    def _replace(
+        self, shard: str, header: bytes, contents: Sequence[bytes | tuple[int, int | None]]
+    ) -> None:
+        """Write a shard anew: a header, then bytes and ranges of the old file, to its end."""
         path = self.path / shard
-        metadata = self.header(shard).metadata
         temporary = path.with_suffix(".new")
         with path.open("rb") as source, temporary.open("wb") as target:
-            target.write(encode_header((spec for spec, _ in pieces), metadata))
-            for _, data in pieces:
-                if isinstance(data, bytes):
-                    target.write(data)
+            size = os.fstat(source.fileno()).st_size
+            target.write(header)
+            for content in contents:
+                if isinstance(content, bytes):
+                    target.write(content)
                 else:
-                    _copy_range(source, target, data.start, data.stop)
+                    start, stop = content
+                    _copy_range(source, target, start, size if stop is None else stop)
+            target.truncate(target.tell())
         temporary.replace(path)
 
     def _move_in_index(self, old: str | None, new: str | None, shard: str) -> None:
@@ -285,10 +364,28 @@ def _checked(spec: TensorSpec, data: bytes | TensorEntry) -> TensorSpec:
 
 
 def _copy_range(source: BinaryIO, target: BinaryIO, start: int, stop: int) -> None:
-    source.seek(start)
+    """Copy bytes to where the target stands, seeking over the holes of the source."""
+    reader = source.fileno()
+    if stop > os.fstat(reader).st_size:
+        raise EOFError(f"{source.name} ends before byte {stop}")
     while start < stop:
-        data = source.read(min(_COPY_BYTES, stop - start))
-        if not data:
-            raise EOFError(f"{source.name} ends at byte {start}, expected {stop}")
-        target.write(data)
-        start += len(data)
+        data_at = _next_data(reader, start, stop)
+        target.seek(data_at - start, os.SEEK_CUR)
+        start = data_at
+        end = min(os.lseek(reader, start, os.SEEK_HOLE), stop) if start < stop else stop
+        while start < end:
+            data = os.pread(reader, min(_COPY_BYTES, end - start), start)
+            if not data:
+                raise EOFError(f"{source.name} ends at byte {start}, expected {stop}")
+            target.write(data)
+            start += len(data)
+
+
+def _next_data(file: int, start: int, stop: int) -> int:
+    """Find where data begins at or after a place, at most `stop`."""
+    try:
+        return min(os.lseek(file, start, os.SEEK_DATA), stop)
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # only a hole follows
+            raise
+        return stop

@@ -20,5 +20,6 @@ COMMANDS: dict[str, Entry] = {
     "golden": Entry("nvfp4check.cli.golden", "Keep a run as a golden; check against it."),
     "inspect": Entry("nvfp4check.cli.inspect", "What is in this checkpoint?"),
     "kernels": Entry("nvfp4check.cli.kernels", "Check kernels property by property."),
+    "faults": Entry("nvfp4check.cli.faults", "Faults that were shipped: list or plant them."),
     "rules": Entry("nvfp4check.cli.rules", "What each rule of validate checks, and the repair."),
 }

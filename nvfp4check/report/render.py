@@ -239,6 +239,37 @@ def _golden_html(document: Document, extras: Extras) -> str:
     )
 
 
+def _faults_text(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.faults_text import faults_text
+
+    return faults_text(document)
+
+
+def _faults_markdown(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.faults_text import faults_markdown
+
+    return faults_markdown(document)
+
+
+def _faults_html(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.faults_text import finders
+    from nvfp4check.report.page import render_page
+
+    return render_page("faults.html.j2", document=document, finders=finders)
+
+
+def _bench_text(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.bench_text import bench_text
+
+    return bench_text(document)
+
+
+def _bench_markdown(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.bench_text import bench_text
+
+    return bench_text(document, "github")
+
+
 _RENDERERS: dict[tuple[str, Format], Renderer] = {
     ("validate", Format.TEXT): _validate_text,
     ("validate", Format.MARKDOWN): _validate_markdown,
@@ -257,6 +288,11 @@ _RENDERERS: dict[tuple[str, Format], Renderer] = {
     ("rules", Format.TEXT): _rules_text,
     ("rules", Format.MARKDOWN): _rules_markdown,
     ("rules", Format.HTML): _rules_html,
+    ("faults", Format.TEXT): _faults_text,
+    ("faults", Format.MARKDOWN): _faults_markdown,
+    ("faults", Format.HTML): _faults_html,
+    ("bench", Format.TEXT): _bench_text,
+    ("bench", Format.MARKDOWN): _bench_markdown,
     ("codegen", Format.TEXT): _codegen_text,
     ("codegen", Format.MARKDOWN): _codegen_markdown,
     ("golden", Format.TEXT): _golden_text,
