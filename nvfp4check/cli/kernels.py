@@ -1,11 +1,11 @@
-"""`nvfp4check kernels list|test|codegen`: kernels held to the laws of their operation."""
+"""`nvfp4check kernels list|test|codegen|bench`: kernels held to the laws of their operation."""
 
 from typing import Annotated, Any
 
 import typer
 
 import nvfp4check
-from nvfp4check.cli import kernels_codegen
+from nvfp4check.cli import kernels_bench, kernels_codegen
 from nvfp4check.cli.command import command, make_app
 from nvfp4check.cli.exit_codes import ExitCode
 from nvfp4check.cli.options import OutputOption, PlainFormatOption, chosen_format, write
@@ -79,6 +79,7 @@ def try_(
 
 
 command(app, examples=kernels_codegen.EXAMPLES)(kernels_codegen.codegen)
+command(app, examples=kernels_bench.EXAMPLES)(kernels_bench.bench)
 
 
 def list_document(op: str | None, device: str) -> dict[str, Any]:
