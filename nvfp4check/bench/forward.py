@@ -162,13 +162,14 @@ def alone(checkpoint: Checkpoint, tokens: int, mode: str, share: int = 8) -> dic
     rows = max(1, tokens * 8 // len(experts))
     wide = torch.float64 if mode == "stored" else torch.float32
     spent = {"read": 0.0, "dequantize": 0.0, "multiply": 0.0}
+    rooms: dict[tuple[int, ...], torch.Tensor] = {}  # new memory would cost more than the work
     with ReadAhead(checkpoint.storage, 0, Meter()) as reader:
         for weight in weights:
             start = time.perf_counter()
             raw = reader.take(weight)
             spent["read"] += time.perf_counter() - start
             stored = {part: as_stored(raw[part], weight.parts[part]) for part in weight.parts}
-            room = torch.empty(weight.shape)
+            room = rooms.setdefault(weight.shape, torch.zeros(weight.shape))
             start = time.perf_counter()
             dequantize_nvfp4(
                 stored[Part.CODES],

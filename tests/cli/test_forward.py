@@ -116,7 +116,9 @@ def test_differences_of_a_golden_are_shown_in_every_format(
     assert "no golden is recorded here" in done.out
 
 
-def test_progress_on_a_terminal_names_the_part_of_the_model_and_the_bytes(prompts: Path, tmp_path: Path) -> None:
+def test_progress_on_a_terminal_names_the_part_of_the_model_and_the_bytes(
+    prompts: Path, tmp_path: Path
+) -> None:
     terminal, side = pty.openpty()
     done = subprocess.run(
         [
