@@ -185,7 +185,8 @@ def _prompts(file: Path | None, texts: list[str]) -> "list[Prompt]":
 def _run(
     checkpoint: str, prompts: "list[Prompt]", out: Path, options: "ForwardOptions"
 ) -> "ForwardResult":
-    from nvfp4check.forward.streaming import Step, run_forward
+    from nvfp4check.forward.reach import Step
+    from nvfp4check.forward.streaming import run_forward
 
     with progress_bar("Forward", in_bytes=True) as bar:
 

@@ -1,7 +1,5 @@
 """A forward run from beginning to end: layer by layer, all prompts at once."""
 
-import hashlib
-import json
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,8 +27,6 @@ from nvfp4check.forward.inventory import (
     EMBEDDING,
     FINAL_NORM,
     HEAD,
-    QUANTIZED_FORMATS,
-    Inventory,
     check_weights,
     needed,
 )
@@ -38,29 +34,23 @@ from nvfp4check.forward.journal import Journal
 from nvfp4check.forward.linears import LinearSettings
 from nvfp4check.forward.meter import Meter
 from nvfp4check.forward.noise import perturbed
-from nvfp4check.forward.options import Activations, ForwardOptions, KvCache
+from nvfp4check.forward.options import Activations, ForwardOptions
+from nvfp4check.forward.reach import Reach, Step
 from nvfp4check.forward.reading import ReadAhead
+from nvfp4check.forward.setup import (
+    cache_format_of,
+    config_of,
+    device_of,
+    fingerprint,
+    forced_run,
+    mode_of,
+)
 from nvfp4check.forward.source import StreamedSource
 from nvfp4check.tokens import Prompt, tokenize
 from nvfp4ref.deepseek_v3.cache import CacheFormat
-from nvfp4ref.deepseek_v3.config import DeepseekV3Config
 from nvfp4ref.deepseek_v3.linear import LinearMode
 from nvfp4ref.deepseek_v3.model import decoder_layer, empty_caches
 from nvfp4ref.deepseek_v3.norm import rms_norm
-
-ARCHITECTURE = "DeepseekV3ForCausalLM"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """How far a run is."""
-
-    #: The layer being computed; `stop` once all are done.
-    layer: int
-    stop: int
-    bytes_read: int
-    #: In all, with as many experts as tokens spread evenly would reach.
-    bytes_expected: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,41 +119,6 @@ class _Points:
                 self.tensors[f"{prompt}/{point}"] = part
 
 
-class _Reach:
-    """Reckons how much is left to read."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        config: DeepseekV3Config,
-        begin: int,
-        stop: int,
-        tokens: int,
-    ) -> None:
-        self.layer = begin
-        self._stop = stop
-        untouched = (1 - config.num_experts_per_tok / config.n_routed_experts) ** tokens
-        self._sizes: list[int] = []
-        for layer in range(stop):
-            inventory = Inventory(layer, config)
-            names = inventory.all_names(config.n_routed_experts)
-            fixed = sum(checkpoint.weights[name].nbytes for name in inventory.names)
-            experts = sum(checkpoint.weights[name].nbytes for name in names) - fixed
-            self._sizes.append(fixed + int(experts * (1 - untouched)))
-        whole = stop == config.num_hidden_layers
-        self._head = checkpoint.weights[HEAD].nbytes if whole else 0
-
-    def step(self, bytes_read: int) -> Step:
-        """Return how far the run is after so many bytes."""
-        left = sum(self._sizes[self.layer + 1 :]) + (self._head if self.layer < self._stop else 0)
-        return Step(
-            layer=self.layer,
-            stop=self._stop,
-            bytes_read=bytes_read,
-            bytes_expected=bytes_read + left,
-        )
-
-
 class _Pass:
     """Everything that holds for all layers of a run."""
 
@@ -172,17 +127,17 @@ class _Pass:
     ) -> None:
         self.checkpoint = checkpoint
         self.options = options
-        self.config = _config(checkpoint)
+        self.config = config_of(checkpoint)
         self.first, self.stop = options.layers.within(self.config.num_hidden_layers)
-        self.device = _device(options.device)
+        self.device = device_of(options.device)
         self.dtype = options.arithmetic.dtype
         check_weights(checkpoint, self.config, range(self.stop))
-        self.mode = _mode(checkpoint, self.config, options.mode)
-        self.cache_format = _cache_format(checkpoint, options.kv_cache)
+        self.mode = mode_of(checkpoint, self.config, options.mode)
+        self.cache_format = cache_format_of(checkpoint, options.kv_cache)
         self.prompts = tokenize(prompts, checkpoint.storage, self.config.vocab_size)
         self.tokens = {p.id: torch.tensor(p.tokens, dtype=torch.int64) for p in self.prompts}
         self.lengths = {prompt: len(tokens) for prompt, tokens in self.tokens.items()}
-        self.forced = _forced_run(options.routing, self.tokens)
+        self.forced = forced_run(options.routing, self.tokens)
         self.meter = Meter()
 
     @property
@@ -238,7 +193,7 @@ class _Pass:
         )
         write_tensors(journal.run / TOKENS_FILE, self.tokens)
         begin = journal.done
-        reach = _Reach(self.checkpoint, self.config, begin, self.stop, sum(self.lengths.values()))
+        reach = Reach(self.checkpoint, self.config, begin, self.stop, sum(self.lengths.values()))
 
         def taken() -> None:
             progress(reach.step(self.meter.bytes_read))
@@ -345,75 +300,3 @@ class _Pass:
             f"after it, first prompt {prompt!r}, token {token}; `nvfp4check validate` looks for "
             "the weight"
         )
-
-
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """Return a sha256 over the configuration and the headers: names, dtypes, shapes, places."""
-    digest = hashlib.sha256()
-    documents = (checkpoint.config, checkpoint.hf_quant_config)
-    digest.update(json.dumps(documents, sort_keys=True).encode())
-    for name, entry in sorted(checkpoint.tensors.items()):
-        line = (name, entry.dtype, entry.shape, entry.shard, entry.start, entry.stop)
-        digest.update(repr(line).encode())
-    return f"headers-sha256:{digest.hexdigest()}"
-
-
-def _config(checkpoint: Checkpoint) -> DeepseekV3Config:
-    if checkpoint.architecture != ARCHITECTURE:
-        raise CheckError(
-            f"{checkpoint.location}: architecture {checkpoint.architecture!r}; this forward "
-            f"computes {ARCHITECTURE}"
-        )
-    try:
-        return DeepseekV3Config.from_dict(checkpoint.config or {})
-    except (ValueError, TypeError) as error:
-        raise CheckError(f"{checkpoint.location}: {error}") from error
-
-
-def _mode(checkpoint: Checkpoint, config: DeepseekV3Config, asked: LinearMode | None) -> LinearMode:
-    names = needed(config, range(config.num_hidden_layers))
-    quantized = [
-        name
-        for name in names
-        if name in checkpoint.weights and checkpoint.weights[name].format in QUANTIZED_FORMATS
-    ]
-    if asked is LinearMode.UNQUANTIZED and quantized:
-        raise CheckError(
-            f"--mode unquantized: {len(quantized):,} weights are quantised, first {quantized[0]}; "
-            "take weight-only or stored"
-        )
-    if asked is not None:
-        return asked
-    return LinearMode.STORED if quantized else LinearMode.UNQUANTIZED
-
-
-def _cache_format(checkpoint: Checkpoint, asked: KvCache) -> CacheFormat:
-    algo = checkpoint.quantization.kv_cache_algo
-    if asked is KvCache.NONE or algo is None:
-        return CacheFormat.COMPUTED
-    if algo == "FP8":
-        return CacheFormat.FP8
-    raise CheckError(
-        f"{checkpoint.location}: kv_cache_quant_algo {algo!r}; FP8 is computed, so give "
-        "--kv-cache none"
-    )
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise CheckError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def _forced_run(routing: Path | None, tokens: Mapping[str, torch.Tensor]) -> Run | None:
-    """Open the run whose experts are forced, after checking that it has the same tokens."""
-    if routing is None:
-        return None
-    run = Run.open(routing)
-    for prompt, expected in tokens.items():
-        if prompt not in run.prompts or not torch.equal(run.tokens(prompt), expected):
-            raise CheckError(f"{routing}: has not the same tokens for prompt {prompt!r}")
-    return run
