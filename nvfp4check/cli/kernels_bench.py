@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,9 @@ from nvfp4check.cli.exit_codes import ExitCode
 from nvfp4check.cli.options import OutputOption, PlainFormatOption, chosen_format, write
 from nvfp4check.findings import CheckError
 from nvfp4check.report.render import render
+
+if TYPE_CHECKING:
+    from nvfp4check.kernels.bench import MeasuredRates, Timing
 
 EXAMPLES = (
     "nvfp4check kernels bench",
@@ -32,6 +35,10 @@ def bench(
         list[str] | None,
         typer.Option(help="With --predict, repeatable: H100, H200, B200, GB200, RTX-PRO-6000."),
     ] = None,
+    tune: Annotated[
+        bool,
+        typer.Option("--tune", help="Choose the tiles of matmul by time first, and keep them."),
+    ] = False,
     format: PlainFormatOption = None,
     output: OutputOption = None,
 ) -> int:
@@ -42,7 +49,9 @@ def bench(
     """
     if chip and not predict:
         raise CheckError("--chip goes with --predict: a bench is of the GPU at hand")
-    document = predict_document(op, chip or []) if predict else bench_document(op)
+    if tune and predict:
+        raise CheckError("--tune times on a GPU, and --predict needs none: give one of them")
+    document = predict_document(op, chip or []) if predict else bench_document(op, tune)
     write(render(document, chosen_format(format, output)), output)
     wrong = "fail" in document.get("correct", {}).values()
     return ExitCode.DOES_NOT_HOLD if wrong else ExitCode.HOLDS
@@ -77,7 +86,7 @@ def predict_document(op: str | None, names: list[str]) -> dict[str, Any]:
     }
 
 
-def bench_document(op: str | None) -> dict[str, Any]:
+def bench_document(op: str | None, tune: bool = False) -> dict[str, Any]:
     """Return times and verdicts of the kernels on this GPU, as a JSON document.
 
     Raises:
@@ -89,12 +98,43 @@ def bench_document(op: str | None) -> dict[str, Any]:
     rates = measure_rates(require_gpu())
     timed = [asdict(timing) for timing in timings(op, _kernels, rates)]
     names = {(one["implementation"], one["operation"]) for one in timed}
+    correct = {f"{impl} {name}": _verdict(impl, name) for impl, name in sorted(names)}
+    if tune and op in (None, "matmul"):
+        for timing, verdict in _tuned_matmuls(rates):
+            timed.append(asdict(timing))
+            correct[f"{timing.implementation} matmul"] = verdict
     return {
         **_head(predicted=False),
         "rates": asdict(rates),
         "timings": timed,
-        "correct": {f"{impl} {name}": _verdict(impl, name) for impl, name in sorted(names)},
+        "correct": correct,
     }
+
+
+def _tuned_matmuls(rates: "MeasuredRates") -> "Iterator[tuple[Timing, str]]":
+    """Yield the timing of `matmul` with tuned tiles, and whether its laws hold with them."""
+    from nvfp4check.kernels.bench import make_inputs, require_gpu, seconds, time_kernel, workloads
+    from nvfp4check.kernels.matmul import matmul
+    from nvfp4check.kernels.tuning import TuningCache, default_cache, tuned_config
+    from nvfp4check.properties import properties_of
+    from nvfp4check.properties.law import Setting, Verdict
+
+    setting = Setting(device="cuda", max_examples=_EXAMPLES_OF_A_LAW)
+    for workload in workloads("matmul"):
+        *operands, alpha, dtype = make_inputs(workload, require_gpu())
+        a_codes, a_scales, b_codes, b_scales = operands
+        config = tuned_config(
+            (a_codes, a_scales, b_codes, b_scales),
+            alpha,
+            dtype,
+            TuningCache(default_cache()),
+            seconds=seconds,
+        )
+        kernel = partial(matmul, config=config)
+        name = f"triton, tuned for {workload.label}"
+        timing = time_kernel(workload, name, kernel, [*operands, alpha, dtype], rates)
+        verdicts = {law.run(kernel, setting).verdict for law in properties_of("matmul")}
+        yield timing, "fail" if Verdict.FAIL in verdicts else "pass"
 
 
 def _head(*, predicted: bool) -> dict[str, Any]:

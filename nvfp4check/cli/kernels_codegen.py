@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -66,6 +67,8 @@ def codegen(
     Every kernel must store something, spill nothing and fit the chip. A kernel of this project
     must have its native instructions and vector accesses too.
     """
+    if find_spec("triton") is None:
+        raise CheckError("codegen compiles with triton, which is not installed: pip install triton")
     from nvfp4check.kernels.codegen_checks import check_kernel
 
     archs = chosen_architectures(arch or ["sm100"])

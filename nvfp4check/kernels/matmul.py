@@ -299,11 +299,13 @@ def matmul(
     b_scales: torch.Tensor,
     alpha: torch.Tensor,
     dtype: torch.dtype = torch.bfloat16,
+    *,
+    config: MatmulConfig | None = None,
 ) -> torch.Tensor:
     """Return alpha * A B^T [M, N] of operands with row-major block scales.
 
     Scales are swizzled on the way where the hardware wants them so; `matmul_swizzled` takes them
-    as they should be kept.
+    as they should be kept. `config` names the tiles of the kernel for many rows, also for few.
 
     Raises:
         ValueError: The shapes, dtypes or devices do not fit together.
@@ -314,9 +316,9 @@ def matmul(
     arch = architecture_of(a_codes)
     if not arch.multiplies_nvfp4 or not (tma_reads(a_codes) and tma_reads(b_codes)):
         return _matmul_pointer(a_codes, a_scales, b_codes, b_scales, alpha, dtype)
-    if M <= FEW_ROWS:
+    if M <= FEW_ROWS and config is None:
         return _matmul_few(a_codes, a_scales, b_codes, swizzle(b_scales), alpha, dtype)
-    return _matmul_tma(a_codes, swizzle(a_scales), b_codes, swizzle(b_scales), alpha, dtype)
+    return _matmul_tma(a_codes, swizzle(a_scales), b_codes, swizzle(b_scales), alpha, dtype, config)
 
 
 def matmul_swizzled(
@@ -326,6 +328,8 @@ def matmul_swizzled(
     b_scales: torch.Tensor,
     alpha: torch.Tensor,
     dtype: torch.dtype = torch.bfloat16,
+    *,
+    config: MatmulConfig | None = None,
 ) -> torch.Tensor:
     """Return alpha * A B^T [M, N] of operands with flat block scales in 128x4 tiles.
 
@@ -342,7 +346,7 @@ def matmul_swizzled(
         raise ValueError("swizzled scales are for tensor cores that multiply NVFP4: use matmul")
     if not (tma_reads(a_codes) and tma_reads(b_codes)):
         raise ValueError("a_codes and b_codes must begin on 16 bytes and have contiguous rows")
-    return _matmul_tma(a_codes, a_scales, b_codes, b_scales, alpha, dtype)
+    return _matmul_tma(a_codes, a_scales, b_codes, b_scales, alpha, dtype, config)
 
 
 def tma_reads(codes: torch.Tensor) -> bool:

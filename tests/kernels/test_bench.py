@@ -122,6 +122,7 @@ def test_without_a_gpu_the_command_says_what_can_be_done():
         ({"predict": True, "chip": ["A100"]}, "unknown chip 'A100'"),
         ({"predict": True, "op": "sort"}, "unknown operation 'sort'"),
         ({"chip": ["B200"]}, "--chip goes with --predict"),
+        ({"predict": True, "tune": True}, "give one of them"),
     ],
 )
 def test_what_cannot_be_predicted_is_an_error_in_words(arguments, message):
