@@ -21,5 +21,6 @@ COMMANDS: dict[str, Entry] = {
     "inspect": Entry("nvfp4check.cli.inspect", "What is in this checkpoint?"),
     "kernels": Entry("nvfp4check.cli.kernels", "Check kernels property by property."),
     "faults": Entry("nvfp4check.cli.faults", "Faults that were shipped: list or plant them."),
+    "synth": Entry("nvfp4check.cli.synth", "A synthetic checkpoint of any size."),
     "rules": Entry("nvfp4check.cli.rules", "What each rule of validate checks, and the repair."),
 }
