@@ -4,7 +4,8 @@ What a run was asked to check follows from its options. At level headers nobody 
 the rules that read them are no gap, unless they were selected by name; a sampled run was asked for
 a sample, and says how likely it missed a defect. Everything else that a chosen rule could not look
 at is in `coverage.skipped`, and makes the run incomplete: no map for the architecture, a shard that
-could not be read, a weight whose bytes no rule can interpret.
+could not be read, a weight whose bytes no rule can interpret, or that has no counterpart in the
+base it is to be held against.
 """
 
 import math
@@ -12,12 +13,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nvfp4check import __version__
 from nvfp4check.checkpoint.byte_pass import Sample, draw, read_bytes, scannable_weights
+from nvfp4check.checkpoint.card.parse import MAX_CHARACTERS, parse_card
+from nvfp4check.checkpoint.card.review import CardReview, review
 from nvfp4check.checkpoint.expected import Expected, expected_tensors
 from nvfp4check.checkpoint.journal import Journal, default_path, fingerprint
 from nvfp4check.checkpoint.opening import Checkpoint
@@ -31,13 +34,23 @@ from nvfp4check.checkpoint.rules.base import (
     printable,
 )
 from nvfp4check.checkpoint.rules.blocks import tp_misaligned
+from nvfp4check.checkpoint.storage import StorageError
 from nvfp4check.engine import Engine
 from nvfp4check.engine.local import LocalEngine
 from nvfp4check.findings import CheckError, Coverage, Finding, Severity, Verdict
 
+if TYPE_CHECKING:
+    from nvfp4check.checkpoint.audit.outcome import AuditOutcome
+
 SCHEMA = "nvfp4check/validate/1"
 
-#: Hears of progress: the stage ("bytes" or "rules"), how much is done, and of how much.
+#: The model card of a checkpoint.
+CARD = "README.md"
+
+_AUDIT = "NV70"
+_CARD_RULE = "NV620"
+
+#: Hears of progress: the stage ("bytes", "audit" or "rules"), how much is done, and of how much.
 Progress = Callable[[str, int, int], None]
 
 
@@ -45,8 +58,9 @@ Progress = Callable[[str, int, int], None]
 class ValidationOptions:
     """What a run is asked to check, and how it works.
 
-    `journal` is where finished work is written; the default lies in the user's cache. With
-    `resume` the run goes on where an interrupted one stopped.
+    `base` is the checkpoint that this one should have been made from, `card` a model card other
+    than the checkpoint's README.md. `journal` is where finished work is written; the default lies
+    in the user's cache. With `resume` the run goes on where an interrupted one stopped.
     """
 
     level: RuleLevel = RuleLevel.BYTES
@@ -54,6 +68,8 @@ class ValidationOptions:
     ignore: tuple[str, ...] = ()
     fail_on: Severity = Severity.ERROR
     tp: int | None = None
+    base: Checkpoint | None = None
+    card: Path | None = None
     sample: float = 1.0
     seed: int = 0
     jobs: int = 1
@@ -96,6 +112,8 @@ class ValidationResult:
     level: RuleLevel
     sample: Sample | None
     seconds: float
+    audit: "AuditOutcome | None" = field(default=None, kw_only=True)
+    card: CardReview | None = field(default=None, kw_only=True)
 
     def to_json(self) -> dict[str, Any]:
         """Return the document of schema nvfp4check/validate/1."""
@@ -109,6 +127,11 @@ class ValidationResult:
         }
         if self.sample is not None:
             coverage["sample"] = _sample_json(self.sample)
+        added: dict[str, Any] = {}
+        if self.audit is not None:
+            added["audit"] = self.audit.to_json()
+        if self.card is not None:
+            added["card"] = self.card.to_json()
         return {
             "schema": SCHEMA,
             "tool": {"name": "nvfp4check", "version": __version__},
@@ -123,6 +146,7 @@ class ValidationResult:
             "findings": [_finding_json(finding) for finding in self.findings],
             "coverage": coverage,
             "seconds": round(self.seconds, 3),
+            **added,
         }
 
 
@@ -199,17 +223,19 @@ def validate(
     options = options or ValidationOptions()
     begun = time.perf_counter()
     chosen = select_rules(options.select, options.ignore)
-    rules = tuple(rule for rule in chosen if _why_not(rule, options) is None)
+    card = _card(checkpoint, options)
+    rules = tuple(rule for rule in chosen if _why_not(rule, options, card) is None)
     expected, why = _expected(checkpoint)
-    context = RuleContext(checkpoint, expected, why, level=options.level, tp=options.tp)
-    if options.select:
-        for rule in chosen:
-            why_not = _why_not(rule, options)
-            if why_not is not None:
-                context.skip(f"{rule.id} {rule.name}", why_not)
+    context = RuleContext(
+        checkpoint, expected, why, level=options.level, tp=options.tp, base=options.base, card=card
+    )
+    for rule in chosen:
+        why_not = _why_not(rule, options, card)
+        if why_not is not None and (options.select or _asked_for(rule, options)):
+            context.skip(f"{rule.id} {rule.name}", why_not)
     sample = None
     if any(rule.level is RuleLevel.BYTES for rule in rules):
-        sample = _read(context, options, progress)
+        sample = _read(context, rules, options, progress)
     findings: list[Finding] = []
     for position, rule in enumerate(rules):
         findings += rule.findings(context)
@@ -225,16 +251,53 @@ def validate(
         level=options.level,
         sample=sample,
         seconds=time.perf_counter() - begun,
+        audit=context.audit,
+        card=card,
     )
 
 
-def _why_not(rule: Rule, options: ValidationOptions) -> str | None:
+def _why_not(rule: Rule, options: ValidationOptions, card: CardReview | None) -> str | None:
     """Say why the options leave a rule out, or None when it runs."""
+    if rule.id.startswith(_AUDIT) and options.base is None:
+        return "it needs --base, the checkpoint that this one was made from"
+    if rule.id == _CARD_RULE and card is None:
+        return f"there is no {CARD}, and no --card"
     if rule.level is RuleLevel.BYTES and options.level is RuleLevel.HEADERS:
         return "it reads bytes, and the level is headers"
     if rule.id == tp_misaligned.id and options.tp is None:
         return "it needs --tp, the number of tensor parallel shards"
     return None
+
+
+def _asked_for(rule: Rule, options: ValidationOptions) -> bool:
+    """Whether a rule that does not run was asked for by an option of its own."""
+    return rule.id.startswith(_AUDIT) and options.base is not None
+
+
+def _card(checkpoint: Checkpoint, options: ValidationOptions) -> CardReview | None:
+    """Review the model card, where there is one.
+
+    Raises:
+        CheckError: The card that was asked for cannot be read.
+    """
+    if options.card is not None:
+        source = str(options.card)
+        try:
+            data = options.card.read_bytes()
+        except OSError as error:
+            raise CheckError(
+                f"{source}: the model card cannot be read: {error.strerror}"
+            ) from error
+    elif 0 < checkpoint.files.get(CARD, 0) <= 4 * MAX_CHARACTERS:
+        source = CARD
+        try:
+            data = bytes(checkpoint.storage.read(CARD, 0, checkpoint.files[CARD]))
+        except StorageError:
+            return None
+    else:
+        return None
+    card = parse_card(data.decode("utf-8", "replace"), source)
+    return review(card, checkpoint, options.base)
 
 
 def _expected(checkpoint: Checkpoint) -> tuple[Expected | None, str]:
@@ -251,9 +314,12 @@ def _expected(checkpoint: Checkpoint) -> tuple[Expected | None, str]:
 
 
 def _read(
-    context: RuleContext, options: ValidationOptions, progress: Progress | None
+    context: RuleContext,
+    rules: tuple[Rule, ...],
+    options: ValidationOptions,
+    progress: Progress | None,
 ) -> Sample | None:
-    """Read the bytes of all NVFP4 weights, or of a sample of them."""
+    """Read the bytes of all NVFP4 weights, or of a sample of them; then hold them to the base."""
     weights, hindered = scannable_weights(context.checkpoint)
     if hindered:
         name, why = next(iter(hindered.items()))
@@ -264,17 +330,44 @@ def _read(
     sample = None
     if options.sample < 1 and weights:
         weights, sample = draw(weights, options.sample, options.seed)
+    engine = options.engine or LocalEngine(options.jobs)
     with _journal(context.checkpoint, options) as journal:
         context.scans = read_bytes(
-            context.checkpoint,
-            weights,
-            options.engine or LocalEngine(options.jobs),
-            journal,
-            None if progress is None else lambda done, total: progress("bytes", done, total),
+            context.checkpoint, weights, engine, journal, _stage(progress, "bytes")
         )
+        if options.base is not None and any(rule.id.startswith(_AUDIT) for rule in rules):
+            _audit(context, options, engine, journal, _stage(progress, "audit"))
         if journal is not None:
             journal.remove()
     return sample
+
+
+def _stage(progress: Progress | None, stage: str) -> Callable[[int, int], None] | None:
+    return None if progress is None else lambda done, total: progress(stage, done, total)
+
+
+def _audit(
+    context: RuleContext,
+    options: ValidationOptions,
+    engine: Engine,
+    journal: Journal | None,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Hold the weights to the base; of a sampled run, the sampled groups."""
+    # Imported here: a run without a base needs no numba, which takes a second to load.
+    from nvfp4check.checkpoint.audit.whole import run_audit
+
+    assert options.base is not None
+    context.audit, gaps = run_audit(
+        context.checkpoint,
+        options.base,
+        engine,
+        sample=(options.sample, options.seed),
+        journal=journal,
+        progress=progress,
+    )
+    for what, why in gaps:
+        context.skip(what, why)
 
 
 @contextmanager

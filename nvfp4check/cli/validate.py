@@ -1,8 +1,9 @@
-"""`nvfp4check validate CKPT`: is this checkpoint sound?"""
+"""`nvfp4check validate CKPT`: is this checkpoint sound, and was it made from that base?"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -49,6 +50,7 @@ class EngineName(StrEnum):
     app,
     examples=(
         "nvfp4check validate ./model",
+        "nvfp4check validate ./model --base ./model-fp8",
         "nvfp4check validate ./model --level headers",
         "nvfp4check validate ./model --select NV2,NV3 --ignore NV205",
         "nvfp4check validate ./model --jobs 8 --output report.html",
@@ -57,6 +59,15 @@ class EngineName(StrEnum):
 )
 def validate(
     checkpoint: CheckpointArgument,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CKPT",
+            help="Audit every weight against the checkpoint that this one was made from: FP8 "
+            "128x128, BF16 or FP16.",
+            show_default=False,
+        ),
+    ] = None,
     level: Annotated[
         Level,
         typer.Option(help="headers: read headers and JSON only. bytes: also every code and scale."),
@@ -86,6 +97,14 @@ def validate(
             metavar="N",
             min=1,
             help="Also check that N-way tensor parallel shards end on borders of blocks.",
+            show_default=False,
+        ),
+    ] = None,
+    card: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The model card to hold against the files; else the checkpoint's README.md.",
             show_default=False,
         ),
     ] = None,
@@ -124,6 +143,8 @@ def validate(
         ignore=ignored,
         fail_on=least,
         tp=tp,
+        base=None if base is None else open_checkpoint(base),
+        card=card,
         sample=sample,
         seed=seed,
         jobs=jobs,
@@ -141,11 +162,11 @@ def validate(
 
 @contextmanager
 def _progress() -> "Iterator[Progress | None]":
-    """Give what the run reports its progress to: a bar for the bytes, none for the rules."""
+    """Give what the run reports its progress to: a bar for bytes and audit, none for the rules."""
     with progress_bar("Reading", in_bytes=True) as bar:
 
         def report(stage: str, done: int, total: int) -> None:
-            if bar is not None and stage == "bytes":
+            if bar is not None and stage in ("bytes", "audit"):
                 bar(done, total)
 
         yield report if bar is not None else None

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nvfp4check.report.audit_words import CONVENTION_HEADERS, audit_sentences, convention_rows
+from nvfp4check.report.card_words import CLAIM_HEADERS, SCORE_HEADERS, claim_rows, score_rows
 from nvfp4check.report.coverage import coverage_sentences
 from nvfp4check.report.fold import count_by_severity, findings_text, fold
 from nvfp4check.report.histograms import Plot
@@ -29,6 +31,7 @@ def validate_html(
     the map; `histograms` show what the weights hold.
     """
     findings = document["findings"]
+    audit, card = document.get("audit"), document.get("card")
     return render_page(
         "validate.html.j2",
         document=document,
@@ -40,4 +43,10 @@ def validate_html(
         rules=rules,
         map=model_map(weights or {}, findings),
         histograms=histograms,
+        audit=audit,
+        audit_said=list(audit_sentences(audit)) if audit else [],
+        conventions=(CONVENTION_HEADERS, convention_rows(audit) if audit else []),
+        card=card,
+        claims=(CLAIM_HEADERS, claim_rows(card) if card else []),
+        scores=(SCORE_HEADERS, score_rows(card) if card else []),
     )

@@ -6,6 +6,8 @@ from typing import Any
 
 from tabulate import tabulate
 
+from nvfp4check.report.audit_words import CONVENTION_HEADERS, audit_sentences, convention_rows
+from nvfp4check.report.card_words import CLAIM_HEADERS, SCORE_HEADERS, claim_rows, score_rows
 from nvfp4check.report.coverage import coverage_sentences
 from nvfp4check.report.fold import count_by_severity, findings_text, fold, place, size_text
 from nvfp4check.report.visible import value_text, visible
@@ -51,6 +53,10 @@ def _lines(document: Mapping[str, Any]) -> Iterator[str]:
         yield "## Findings"
         yield ""
         yield table([_row(group) for group in fold(findings)], ["severity", "rule", "finding"])
+    if document.get("audit"):
+        yield from _audit(document["audit"])
+    if document.get("card"):
+        yield from _card(document["card"])
     yield ""
     yield "## Coverage"
     yield ""
@@ -61,6 +67,35 @@ def _lines(document: Mapping[str, Any]) -> Iterator[str]:
         yield table(rows, ["skipped", "why"])
     else:
         yield "Nothing was skipped."
+
+
+def _audit(audit: Mapping[str, Any]) -> Iterator[str]:
+    yield ""
+    yield f"## Audit against {markdown(audit['base'])}"
+    yield ""
+    yield from (f"- {markdown(sentence)}" for sentence in audit_sentences(audit))
+    rows = convention_rows(audit)
+    if rows:
+        yield ""
+        yield _safe_table(rows, CONVENTION_HEADERS)
+
+
+def _card(card: Mapping[str, Any]) -> Iterator[str]:
+    yield ""
+    yield f"## Model card {markdown(card['source'])}"
+    for rows, headers in ((claim_rows(card), CLAIM_HEADERS), (score_rows(card), SCORE_HEADERS)):
+        if rows:
+            yield ""
+            yield _safe_table(rows, headers)
+    if card["unsaid"]:
+        yield ""
+        yield "The card does not say:"
+        yield ""
+        yield from (f"- {markdown(gap)}" for gap in card["unsaid"])
+
+
+def _safe_table(rows: list[list[str]], headers: tuple[str, ...]) -> str:
+    return table([[markdown(cell) for cell in row] for row in rows], [*headers])
 
 
 def _row(group: Any) -> list[str]:

@@ -5,6 +5,8 @@ from typing import Any
 
 from tabulate import tabulate
 
+from nvfp4check.report.audit_words import CONVENTION_HEADERS, audit_sentences, convention_rows
+from nvfp4check.report.card_words import CLAIM_HEADERS, SCORE_HEADERS, claim_rows, score_rows
 from nvfp4check.report.coverage import coverage_sentences
 from nvfp4check.report.fold import (
     FindingRecord,
@@ -23,6 +25,9 @@ SHOWN_KINDS = 3
 
 #: How many skipped things are written out before `… and N more`.
 SHOWN_SKIPPED = 10
+
+#: Characters of a line of what the files say to a card.
+EVIDENCE_WIDTH = 64
 
 _COLORS = {"pass": "32", "fail": "31", "incomplete": "33"}
 _COLORS |= {"error": "31", "warning": "33", "info": "36", "dim": "2"}
@@ -47,6 +52,12 @@ def _lines(document: Mapping[str, Any], color: bool) -> Iterator[str]:
     for group in fold(findings):
         yield ""
         yield from _fold_lines(group, color)
+    if document.get("audit"):
+        yield ""
+        yield from _audit(document["audit"])
+    if document.get("card"):
+        yield ""
+        yield from _card(document["card"])
     yield ""
     yield from _coverage(document)
     if findings:
@@ -95,6 +106,47 @@ def _finding_lines(finding: FindingRecord) -> Iterator[str]:
     for label in ("observed", "expected"):
         if finding.get(label) is not None:
             yield f"    {label}: {value_text(finding[label])}"
+
+
+def _audit(audit: Mapping[str, Any]) -> Iterator[str]:
+    yield f"Audit against {visible(audit['base'])}"
+    for sentence in audit_sentences(audit):
+        yield f"  {visible(sentence)}"
+    rows = [[visible(cell) for cell in row] for row in convention_rows(audit)]
+    if rows:
+        yield ""
+        yield tabulate(
+            rows,
+            headers=CONVENTION_HEADERS,
+            disable_numparse=True,
+            colalign=("left", "right", "right", "right"),
+        )
+
+
+def _card(card: Mapping[str, Any]) -> Iterator[str]:
+    yield f"Model card {visible(card['source'])}"
+    claims = [[visible(cell) for cell in row] for row in claim_rows(card)]
+    if claims:
+        yield tabulate(
+            claims,
+            headers=CLAIM_HEADERS,
+            disable_numparse=True,
+            maxcolwidths=[None, None, EVIDENCE_WIDTH],
+        )
+    scores = [[visible(cell) for cell in row] for row in score_rows(card)]
+    if scores:
+        yield ""
+        yield tabulate(
+            scores,
+            headers=SCORE_HEADERS,
+            disable_numparse=True,
+            colalign=("left", "right", "right", "right", "right", "left"),
+        )
+    if card["unsaid"]:
+        yield ""
+        yield "The card does not say:"
+        for gap in card["unsaid"]:
+            yield f"  {visible(gap)}"
 
 
 def _coverage(document: Mapping[str, Any]) -> Iterator[str]:

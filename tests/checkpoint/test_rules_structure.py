@@ -297,15 +297,6 @@ def test_nv107_sees_scales_left_beside_a_weight_that_was_exchanged(
     assert finding.expected == ["codes"]
 
 
-def test_nv107_sees_an_fp8_weight_without_its_scale(
-    golden: SimpleNamespace, clone_of: Callable[[Path], CheckpointEditor]
-) -> None:
-    clone = clone_of(golden.fp8)
-    clone.drop(f"{EXPERT}.weight_scale_inv")
-    [finding] = only(clone, "NV107")
-    assert (finding.tensor, finding.expected) == (f"{EXPERT}.weight", ["scale-inv"])
-
-
 def test_a_partner_that_the_index_names_is_not_called_missing(clone: CheckpointEditor) -> None:
     clone.drop(f"{EXPERT}.weight_scale", index=False)
     [finding] = only(clone, "NV003")

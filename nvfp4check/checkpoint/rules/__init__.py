@@ -3,9 +3,12 @@
 from collections.abc import Iterable
 
 from nvfp4check.checkpoint.rules import (
+    audit,
     block_scales,
     blocks,
+    card,
     codes,
+    fp8,
     fusion,
     global_scales,
     metadata,
@@ -29,6 +32,9 @@ _GROUPS: tuple[tuple[Rule, ...], ...] = (
     fusion.RULES,
     metadata.RULES,
     serving.RULES,
+    card.RULES,
+    audit.RULES,
+    fp8.RULES,
 )
 
 #: Every rule by its id.

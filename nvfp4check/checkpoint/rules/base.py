@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 from nvfp4check.findings import Finding, JsonValue, Severity, Skipped
 
 if TYPE_CHECKING:
+    from nvfp4check.checkpoint.audit.outcome import AuditOutcome
+    from nvfp4check.checkpoint.card.review import CardReview
     from nvfp4check.checkpoint.expected import Expected
     from nvfp4check.checkpoint.opening import Checkpoint
     from nvfp4check.checkpoint.scan import WeightScan
@@ -82,7 +84,9 @@ class RuleContext:
     `expected` is the map of the unquantised model; it is None when there is none for the
     architecture, and `why_nothing_is_expected` says so. `scans` holds what the byte pass counted,
     by logical weight name; it is empty at level headers and partial in a sampled run. `tp` is the
-    number of tensor parallel shards to check for, or None.
+    number of tensor parallel shards to check for, or None. `base` is the checkpoint that this one
+    should have been made from, `audit` what holding the two together gave, and `card` the review
+    of the model card; each is None where there is none.
     """
 
     checkpoint: "Checkpoint"
@@ -91,6 +95,9 @@ class RuleContext:
     scans: "Mapping[str, WeightScan]" = field(default_factory=dict)
     level: RuleLevel = RuleLevel.HEADERS
     tp: int | None = None
+    base: "Checkpoint | None" = None
+    audit: "AuditOutcome | None" = None
+    card: "CardReview | None" = None
     skipped: list[Skipped] = field(default_factory=list)
 
     def skip(self, what: str, why: str) -> None:

@@ -2,7 +2,7 @@
 
 One defect, one rule. A partner that stands there in the wrong dtype is NV104's and not missing; a
 partner that the index places somewhere is NV003's; a linear with leftover scales is NV107's and
-not NV106's.
+not NV106's; a scale that DeepSeek's FP8 lacks is NV801's.
 """
 
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from nvfp4check.checkpoint.header import TensorEntry
 from nvfp4check.checkpoint.naming import LogicalWeight, Part, WeightFormat
 from nvfp4check.checkpoint.quant_config import QuantConfig
 from nvfp4check.checkpoint.rules.base import Problem, Rule, RuleContext, rule
+from nvfp4check.checkpoint.rules.fp8 import DEEPSEEK_FP8
 from nvfp4check.checkpoint.rules.shared import (
     Absence,
     at,
@@ -241,7 +242,7 @@ def unquantized_though_listed(context: RuleContext) -> Iterator[Problem]:
     "partner-missing",
     Severity.ERROR,
     fires_when="codes stand without block scales, block scales without a global scale, an FP8 "
-    "weight without its scale, or scales without codes",
+    "weight without its scale (DeepSeek's: NV801), or scales without codes",
     why="Codes mean nothing without their scales. A loader that fills an absent scale with ones, "
     "or leaves it uninitialised, serves the weight orders of magnitude off.",
     repair="Export the weight again, with all its tensors. Scales beside a BF16 weight are left "
@@ -258,9 +259,11 @@ def partner_missing(context: RuleContext) -> Iterator[Problem]:
     absence = Absence(checkpoint)
     nvfp4 = checkpoint.quantization.is_nvfp4 or bool(nvfp4_weights(checkpoint))
     declared = usable_declaration(checkpoint)
+    deepseek = checkpoint.quantization.producer == DEEPSEEK_FP8  # NV801
     for weight in checkpoint.weights.values():
         algo = None if declared is None else declared.algo_of(weight.module)
         fp8 = declared is None or (algo is not None and algo.startswith("FP8"))
+        fp8 = fp8 and not deepseek
         missing = [
             part
             for part in _missing_parts(weight, nvfp4, fp8)

@@ -1,0 +1,114 @@
+"""The audit of a whole checkpoint: pairs, the pass over them, and names for what is foreign."""
+
+import math
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+
+from nvfp4check.checkpoint.audit.foreign import name_foreign
+from nvfp4check.checkpoint.audit.outcome import AuditOutcome
+from nvfp4check.checkpoint.audit.pairs import Pair, pair_weights
+from nvfp4check.checkpoint.audit.passes import audit_pairs
+from nvfp4check.checkpoint.audit.results import CopyAudit, WeightAudit
+from nvfp4check.checkpoint.journal import Journal
+from nvfp4check.checkpoint.naming import Layout, WeightFormat
+from nvfp4check.checkpoint.opening import Checkpoint
+from nvfp4check.checkpoint.rules.base import counted, printable
+from nvfp4check.checkpoint.storage import StorageError
+from nvfp4check.engine import Engine
+from nvfp4check.findings import CheckError
+
+#: What could not be audited, and why.
+Gap = tuple[str, str]
+
+
+def run_audit(
+    checkpoint: Checkpoint,
+    base: Checkpoint,
+    engine: Engine,
+    *,
+    sample: tuple[float, int] = (1.0, 0),
+    journal: Journal | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[AuditOutcome, list[Gap]]:
+    """Audit a checkpoint, or a share of it with a seed; return also what could not be audited.
+
+    Raises:
+        CheckError: Bytes cannot be read, or a worker died.
+    """
+    pairing = pair_weights(checkpoint, base)
+    gaps = _gaps(pairing.hindered, pairing.added)
+    audits = audit_pairs(
+        checkpoint, base, _drawn(pairing.pairs, *sample), engine, journal, progress
+    )
+    weights = {name: a for name, a in audits.items() if isinstance(a, WeightAudit)}
+    copies = {name: a for name, a in audits.items() if isinstance(a, CopyAudit)}
+    not_finite = [name for name, audit in weights.items() if audit.counts["not_finite"]]
+    if not_finite:
+        gaps.append(
+            (
+                f"audit of blocks of {counted(len(not_finite), 'weight')}, the first "
+                f"{printable(not_finite[0])}",
+                "elements of the base are NaN or infinite",
+            )
+        )
+    strange = [name for name, audit in weights.items() if audit.is_strange]
+    try:
+        foreign = name_foreign(checkpoint, base, strange)
+    except StorageError as error:
+        raise CheckError(f"{base.location}: cannot be searched: {error}") from error
+    return (
+        AuditOutcome(
+            base=base.location,
+            layout=_layout(checkpoint),
+            weights=weights,
+            copies=copies,
+            foreign=foreign,
+            pairing=pairing,
+        ),
+        gaps,
+    )
+
+
+def _drawn(pairs: Sequence[Pair], fraction: float, seed: int) -> Sequence[Pair]:
+    """Choose whole groups, as the byte pass does; it and this draw the same NVFP4 weights."""
+    if fraction >= 1:
+        return pairs
+    groups: dict[tuple[bool, str], list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        nvfp4 = pair.weight.format is WeightFormat.NVFP4
+        groups[nvfp4, pair.weight.module.rpartition(".")[0]].append(pair)
+    drawn: list[Pair] = []
+    for kind in (True, False):
+        names = sorted(name for nvfp4, name in groups if nvfp4 is kind)
+        if names:
+            count = min(len(names), max(1, math.ceil(fraction * len(names))))
+            for name in random.Random(seed).sample(names, count):
+                drawn += groups[kind, name]
+    return drawn
+
+
+def _gaps(hindered: dict[str, str], added: list[str]) -> list[Gap]:
+    """Fold what cannot be audited by its reason."""
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for name, why in hindered.items():
+        by_reason[why].append(name)
+    if added:
+        by_reason["the base has no such weight"] = added
+    return [
+        (
+            f"audit of {counted(len(names), 'weight')}, the first {printable(names[0])}",
+            printable(why),
+        )
+        for why, names in by_reason.items()
+    ]
+
+
+def _layout(checkpoint: Checkpoint) -> Layout:
+    """Return the layout that most NVFP4 weights have."""
+    layouts = Counter(
+        weight.layout
+        for weight in checkpoint.weights.values()
+        if weight.format is WeightFormat.NVFP4
+    )
+    return layouts.most_common(1)[0][0] if layouts else Layout.PLAIN
