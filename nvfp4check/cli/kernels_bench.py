@@ -113,6 +113,7 @@ def bench_document(op: str | None, tune: bool = False) -> dict[str, Any]:
 
 def _tuned_matmuls(rates: "MeasuredRates") -> "Iterator[tuple[Timing, str]]":
     """Yield the timing of `matmul` with tuned tiles, and whether its laws hold with them."""
+    from nvfp4check.kernels.arch import architecture_of
     from nvfp4check.kernels.bench import make_inputs, require_gpu, seconds, time_kernel, workloads
     from nvfp4check.kernels.matmul import matmul
     from nvfp4check.kernels.tuning import TuningCache, default_cache, tuned_config
@@ -123,6 +124,8 @@ def _tuned_matmuls(rates: "MeasuredRates") -> "Iterator[tuple[Timing, str]]":
     for workload in workloads("matmul"):
         *operands, alpha, dtype = make_inputs(workload, require_gpu())
         a_codes, a_scales, b_codes, b_scales = operands
+        if not architecture_of(a_codes).multiplies_nvfp4:
+            raise CheckError("--tune: this GPU does not multiply NVFP4 natively, nothing to tune")
         config = tuned_config(
             (a_codes, a_scales, b_codes, b_scales),
             alpha,
