@@ -31,15 +31,8 @@ from nvfp4check.kernels.launch import (
     power_of_two,
     rows_of,
 )
-from nvfp4check.kernels.matmul import (
-    POINTER_CONFIG,
-    decode_halves,
-    few_config,
-    load_scale_tile,
-    scale_descriptor,
-    store_tile,
-    tma_reads,
-)
+from nvfp4check.kernels.matmul import POINTER_CONFIG, few_config, scale_descriptor, tma_reads
+from nvfp4check.kernels.matmul_kernels import decode_halves, load_scale_tile, store_tile
 from nvfp4check.kernels.swizzle import swizzle
 from nvfp4ref.formats import BLOCK_SIZE, SCALE_TILE_ROWS
 

@@ -23,8 +23,9 @@ import torch
 import triton
 
 from nvfp4check.kernels.arch import Architecture, architecture_of
-from nvfp4check.kernels.codegen_cases import CASES, matmul_tma_source
+from nvfp4check.kernels.codegen_cases import CASES
 from nvfp4check.kernels.codegen_checks import check_kernel
+from nvfp4check.kernels.codegen_products import matmul_tma_source
 from nvfp4check.kernels.launch import power_of_two
 from nvfp4check.kernels.matmul import MatmulConfig, default_tma_config, matmul
 

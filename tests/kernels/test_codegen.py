@@ -18,8 +18,9 @@ from nvfp4check.kernels.codegen import (
     median_width,
     tool,
 )
-from nvfp4check.kernels.codegen_cases import CASES, matmul_tma_source
+from nvfp4check.kernels.codegen_cases import CASES
 from nvfp4check.kernels.codegen_checks import Needs, check_kernel, judge
+from nvfp4check.kernels.codegen_products import matmul_tma_source
 
 SM90, SM100, SM120 = architectures.SM90, architectures.SM100, architectures.SM120
 

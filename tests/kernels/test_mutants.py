@@ -63,11 +63,11 @@ MUTANTS = {
         ("(4, 32, TILES, 4)), (2, 1, 0, 3)", "(4, 32, TILES, 4)), (2, 0, 1, 3)"),
     ),
     "the neighbour's scale": (
-        ("_matmul_pointer", "matmul", "matmul"),
+        ("_matmul_pointer", "matmul", "matmul_kernels"),
         ("scale_ptr + offs_scales + offs_c, ", "scale_ptr + offs_scales + (offs_c ^ 1), "),
     ),
     "the last tile of K dropped": (
-        ("_matmul_pointer", "matmul", "matmul"),
+        ("_matmul_pointer", "matmul", "matmul_kernels"),
         ("tl.cdiv(K, BLOCK_K), num_stages", "K // BLOCK_K, num_stages"),
     ),
     "the bias weighs": (
