@@ -222,11 +222,30 @@ def test_a_run_stopped_after_some_layers_continues_to_the_same_bytes(
         activations=Activations.ALL, kv_cache=KvCache.NONE, layers=LayerRange(0, layers_before)
     )
     run_forward(TINY / "nvfp4", PROMPTS, tmp_path / "parts", some)
-    rest = ForwardOptions(activations=Activations.ALL, kv_cache=KvCache.NONE, resume=True)
+    rest = ForwardOptions(
+        activations=Activations.ALL,
+        kv_cache=KvCache.NONE,
+        layers=LayerRange(layers_before) if layers_before < 5 else LayerRange(),
+        resume=True,
+    )
     result = run_forward(TINY / "nvfp4", PROMPTS, tmp_path / "parts", rest)
 
     assert result.layers == 5 - layers_before
     assert bytes_of(tmp_path / "parts") == bytes_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"), [(LayerRange(3, 5), "go on at layer 3"), (LayerRange(0, 1), "already")]
+)
+def test_a_run_goes_on_only_where_it_stands(
+    layers: LayerRange, message: str, tmp_path: Path
+) -> None:
+    run_forward(TINY / "bf16", PROMPTS, tmp_path / "run", ForwardOptions(layers=LayerRange(0, 2)))
+
+    with pytest.raises(CheckError, match=message):
+        run_forward(
+            TINY / "bf16", PROMPTS, tmp_path / "run", ForwardOptions(layers=layers, resume=True)
+        )
 
 
 def test_resuming_a_complete_run_computes_nothing(tmp_path: Path) -> None:
@@ -459,6 +478,7 @@ def test_too_little_memory_is_refused_with_what_is_needed(tmp_path: Path) -> Non
         run_forward(
             TINY / "bf16", PROMPTS, tmp_path / "run", ForwardOptions(max_memory=int(0.1 * 2**30))
         )
+    assert not (tmp_path / "run").exists()
 
 
 def test_unquantized_is_refused_for_a_quantised_checkpoint(tmp_path: Path) -> None:

@@ -62,9 +62,12 @@ class Journal:
         _check_same(run, found, info)
         for file in leftovers(run):
             file.unlink(missing_ok=True)
-        journal = cls(run, replace(info, checkpoint=found.checkpoint, complete=False))
-        if first > journal.done:
-            raise CheckError(f"{run}: has layers up to {journal.done}, so --layers {first}: cannot")
+        begun = found.layers[0] if found.layers else 0
+        stop = info.layers[1] if info.layers else 0
+        info = replace(info, checkpoint=found.checkpoint, layers=(begun, stop), complete=False)
+        journal = cls(run, info)
+        if not found.complete or found.layers != info.layers:
+            _check_reach(run, journal.done, first, stop)
         if found.complete and found.layers == info.layers:
             journal.info = found
         else:
@@ -105,6 +108,14 @@ class Journal:
 
     def _state(self, layer: int) -> Path:
         return self.run / STATE_FOLDER / f"{layer:03d}.safetensors"
+
+
+def _check_reach(run: Path, done: int, first: int, stop: int) -> None:
+    """Refuse to go on elsewhere than where the run stands."""
+    if first > done:
+        raise CheckError(f"{run}: has layers 0 to {done - 1} and cannot go on at layer {first}")
+    if stop < done:
+        raise CheckError(f"{run}: has layers 0 to {done - 1} already, more than up to {stop - 1}")
 
 
 def _check_same(run: Path, found: RunInfo, asked: RunInfo) -> None:

@@ -21,7 +21,7 @@ from nvfp4check.activations import (
 )
 from nvfp4check.checkpoint.opening import Checkpoint, open_checkpoint
 from nvfp4check.findings import CheckError
-from nvfp4check.forward.budget import plan
+from nvfp4check.forward.budget import Budget, plan
 from nvfp4check.forward.head import Head, embed, write_logits
 from nvfp4check.forward.inventory import (
     EMBEDDING,
@@ -138,7 +138,19 @@ class _Pass:
         self.tokens = {p.id: torch.tensor(p.tokens, dtype=torch.int64) for p in self.prompts}
         self.lengths = {prompt: len(tokens) for prompt, tokens in self.tokens.items()}
         self.forced = forced_run(options.routing, self.tokens)
+        self.budget = self._plan()
         self.meter = Meter()
+
+    def _plan(self) -> Budget:
+        names = set(needed(self.config, range(self.stop))) - {EMBEDDING, HEAD}
+        widest = self.dtype == torch.float64 or self.mode is LinearMode.STORED
+        return plan(
+            self.options.max_memory,
+            list(self.lengths.values()),
+            self.config,
+            torch.float64.itemsize if widest else torch.float32.itemsize,
+            max(self.checkpoint.weights[name].nbytes for name in names),
+        )
 
     @property
     def info(self) -> RunInfo:
@@ -176,19 +188,10 @@ class _Pass:
 
     def compute(self, journal: Journal, progress: Callable[[Step], None]) -> int:
         """Compute from where the journal stands to the end; return how many layers that were."""
-        weights = [self.checkpoint.weights[n] for n in needed(self.config, range(self.stop))]
-        layer_bytes = max(w.nbytes for w in weights if w.name not in (EMBEDDING, HEAD))
-        budget = plan(
-            self.options.max_memory,
-            list(self.lengths.values()),
-            self.config,
-            8 if self.dtype == torch.float64 or self.mode is LinearMode.STORED else 4,
-            layer_bytes,
-        )
         settings = LinearSettings(
             mode=self.mode,
             device=self.device,
-            chunk=budget.chunk,
+            chunk=self.budget.chunk,
             power_of_two_scales=self.checkpoint.quantization.scale_fmt == "ue8m0",
         )
         write_tensors(journal.run / TOKENS_FILE, self.tokens)
@@ -198,7 +201,7 @@ class _Pass:
         def taken() -> None:
             progress(reach.step(self.meter.bytes_read))
 
-        with ReadAhead(self.checkpoint.storage, budget.ahead, self.meter, taken) as reader:
+        with ReadAhead(self.checkpoint.storage, self.budget.ahead, self.meter, taken) as reader:
             source = StreamedSource(self.checkpoint, self.config, reader, settings, self.meter)
             hidden = self._embedded() if begin == 0 else journal.load_state(self.device)
             for layer in range(begin, self.stop):
