@@ -14,19 +14,33 @@ Contract:
                      A share can be negative: that block's error cancels some of what came in.
                      It holds to the rounding in which the run kept its residual stream
     bitwise          equal bytes at every token
+    router_weights   compared expert by expert, 0 for the experts that were not chosen, for the
+                     order of a token's experts carries no meaning
     NaN, inf         counted on each side; such a token is left out of the sums
 """
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
 from nvfp4check.activations import HIDDEN, Run
 
-#: Points whose values are compared as numbers; the router's are compared as choices.
-VALUE_POINTS = ("attn_input", "attn_output", "mlp_input", "mlp_output", HIDDEN)
+#: Points whose values are compared as numbers, in the order of the computation; the router's
+#: choice between router_scores and router_weights is compared by `routing`.
+VALUE_POINTS = (
+    "attn_input",
+    "attn_output",
+    "mlp_input",
+    "router_scores",
+    "router_weights",
+    "mlp_output",
+    HIDDEN,
+)
+
+#: Layer, point and prompt of something that cannot be compared.
+Skip = tuple[int, str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +71,8 @@ class PointAgreement:
     #: Share of the error of this layer's `hidden` that this block added; for `hidden`, the share
     #: that came in with the layer's input. None where the points for it were not recorded.
     share: float | None = None
+    #: Relative error of each token by prompt; NaN where a side is not finite.
+    errors: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def key(self) -> tuple[int, str]:
@@ -77,6 +93,7 @@ class _Sums:
     first_difference: Place | None = None
     nonfinite_reference: int = 0
     nonfinite_candidate: int = 0
+    errors: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def add(self, prompt: str, reference: torch.Tensor, candidate: torch.Tensor) -> None:
         """Add the tokens of one prompt, [T, D]."""
@@ -96,6 +113,9 @@ class _Sums:
         self.reference += float(norms.sum())
         self.tokens += int(usable.sum())
         errors = _ratio(squares.sqrt(), norms.sqrt())
+        by_token = torch.full((len(usable),), torch.nan, dtype=torch.float64)
+        by_token[usable] = errors
+        self.errors[prompt] = by_token
         if errors.numel() and float(errors.max()) > self.worst_error:
             place = int(errors.argmax())
             self.worst_error = float(errors.max())
@@ -120,26 +140,52 @@ class _Sums:
             nonfinite_reference=self.nonfinite_reference,
             nonfinite_candidate=self.nonfinite_candidate,
             share=share,
+            errors=self.errors,
         )
 
 
 def compare_layers(
-    reference: Run, candidate: Run, prompts: Iterable[str] | None = None
+    reference: Run,
+    candidate: Run,
+    prompts: Iterable[str] | None = None,
+    skip: Collection[Skip] = (),
 ) -> Iterator[PointAgreement]:
-    """Compare every point that both runs recorded, in the order of the computation."""
+    """Compare every point that both runs recorded, in the order of the computation.
+
+    What `skip` lists is left out.
+    """
     chosen = tuple(prompts) if prompts is not None else reference.prompts
     before: dict[str, torch.Tensor] = {}
     for layer in sorted(set(reference.layers) & set(candidate.layers)):
         recorded = set(reference.points(layer)) & set(candidate.points(layer))
         points = [point for point in VALUE_POINTS if point in recorded]
-        shares, before = _shares(reference, candidate, layer, points, chosen, before)
+        whole = [p for p in points if not any((layer, p, prompt) in skip for prompt in chosen)]
+        shares, before = _shares(reference, candidate, layer, whole, chosen, before)
         for point in points:
             sums = _Sums()
             for prompt in chosen:
-                r = reference.point(layer, prompt, point)
-                c = candidate.point(layer, prompt, point)
-                sums.add(prompt, r, c)
+                if (layer, point, prompt) not in skip:
+                    r, c = values(reference, candidate, layer, prompt, point)
+                    sums.add(prompt, r, c)
             yield sums.finish(layer, point, shares.get(point))
+
+
+def values(
+    reference: Run, candidate: Run, layer: int, prompt: str, point: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what both runs recorded at a point, so that rows can be compared."""
+    r, c = (run.point(layer, prompt, point) for run in (reference, candidate))
+    if point != "router_weights":
+        return r, c
+    if any("router_experts" not in run.points(layer) for run in (reference, candidate)):
+        return r, c
+    experts = [run.point(layer, prompt, "router_experts").long() for run in (reference, candidate)]
+    width = 1 + max((int(e.max()) for e in experts if e.numel()), default=0)
+    dense = [
+        torch.zeros(len(w), width, dtype=w.dtype).scatter_(1, e, w)
+        for w, e in zip((r, c), experts, strict=True)
+    ]
+    return dense[0], dense[1]
 
 
 def _shares(

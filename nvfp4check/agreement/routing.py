@@ -1,26 +1,46 @@
 """Router accounting: which experts two runs chose, and whether a different choice is legal.
 
-T tokens, E experts, k chosen of them.
+T tokens, E experts in n_group groups, k of them chosen.
 
 Contract:
     flip       a token and layer at which the two sets of experts differ
-    margin     by how much the reference preferred what the candidate dropped over what it took:
-               the least of its scores among the dropped less the greatest among the taken. Groups
-               that the reference ruled out can make it negative or large: then the choice of the
-               group flipped
     error      the largest |score candidate - score reference| of that token
-    legal      margin <= 2 * error: each of the two scores may have moved by `error`, towards each
-               other. Such a flip follows from the error of the scores; another one does not, and
-               the routing itself differs
+    margin     the least by which every score must be allowed to move before the candidate's set can
+               be the right one, judged by the reference's scores s:
+               - an expert left out may not beat one taken from its own or another taken group:
+                 half of s(left out) - s(taken), for each must have moved towards the other
+               - a group taken from that the reference had closed must have passed one it had open:
+                 a quarter of the difference of their scores, for each is a sum of two
+               - experts of more groups than are ever open: infinite
+    legal      margin <= error. A flip beyond it does not follow from the error of the scores: the
+               routing itself differs. What is within may still be wrong, for the margin is a lower
+               bound
+    weight     what the router gave the experts that were dropped, of all it gave
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from nvfp4check.activations import Run
-from nvfp4check.agreement.layers import Place
+from nvfp4check.agreement.layers import Place, Skip
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """How a model's experts are grouped."""
+
+    n_group: int = 1
+    topk_group: int = 1
+
+    @classmethod
+    def of(cls, run: Run) -> "Groups":
+        """Return the groups that a run's configuration names, else one group of all experts."""
+        n_group, topk_group = (run.info.config.get(name) for name in ("n_group", "topk_group"))
+        if type(n_group) is int and type(topk_group) is int and 1 <= topk_group <= n_group:
+            return cls(n_group, topk_group)
+        return cls()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +52,7 @@ class Flip:
     #: Experts of the reference that the candidate did not choose, and those it chose instead.
     dropped: tuple[int, ...]
     taken: tuple[int, ...]
-    #: None where the scores were not recorded.
+    #: How far scores must have moved at least; None where they were not recorded.
     margin: float | None
     score_error: float | None
 
@@ -41,7 +61,7 @@ class Flip:
         """Whether the error of the scores explains it; None where they were not recorded."""
         if self.margin is None or self.score_error is None:
             return None
-        return self.margin <= 2 * self.score_error
+        return self.margin <= self.score_error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,21 +84,26 @@ class LayerRouting:
 
 
 def compare_routing(
-    reference: Run, candidate: Run, prompts: Iterable[str] | None = None
+    reference: Run,
+    candidate: Run,
+    prompts: Iterable[str] | None = None,
+    skip: Collection[Skip] = (),
 ) -> Iterator[LayerRouting]:
     """Compare the experts of every layer in which both runs recorded them."""
     chosen = tuple(prompts) if prompts is not None else reference.prompts
     for layer in sorted(set(reference.layers) & set(candidate.layers)):
         recorded = set(reference.points(layer)) & set(candidate.points(layer))
-        if "router_experts" in recorded:
-            yield _compare_layer(
-                reference, candidate, layer, chosen, scored="router_scores" in recorded
-            )
+        here = tuple(p for p in chosen if (layer, "router_experts", p) not in skip)
+        if "router_experts" in recorded and here:
+            scored = "router_scores" in recorded
+            scored &= not any((layer, "router_scores", p) in skip for p in here)
+            yield _compare_layer(reference, candidate, layer, here, scored=scored)
 
 
 def _compare_layer(
     reference: Run, candidate: Run, layer: int, prompts: tuple[str, ...], *, scored: bool
 ) -> LayerRouting:
+    groups = Groups.of(reference)
     flips: list[Flip] = []
     tokens = 0
     error: float | None = None
@@ -96,7 +121,7 @@ def _compare_layer(
         tokens += experts[0].shape[0]
         for side, table in zip(chosen, experts, strict=True):
             side.append(table.flatten().long())
-        flips += _flips(layer, prompt, experts[0], experts[1], scores)
+        flips += _flips(layer, prompt, experts[0], experts[1], scores, groups)
     flat = [torch.cat(side) if side else torch.empty(0, dtype=torch.int64) for side in chosen]
     width = max(width, *(int(side.max()) + 1 if side.numel() else 0 for side in flat))
     loads = [tuple(side.bincount(minlength=width).tolist()) for side in flat]
@@ -116,6 +141,7 @@ def _flips(
     reference: torch.Tensor,
     candidate: torch.Tensor,
     scores: tuple[torch.Tensor, torch.Tensor] | None,
+    groups: Groups,
 ) -> Iterator[Flip]:
     sorted_sets = (reference.sort(-1).values, candidate.sort(-1).values)
     if sorted_sets[0].shape != sorted_sets[1].shape:
@@ -126,9 +152,9 @@ def _flips(
         before, after = set(reference[token].tolist()), set(candidate[token].tolist())
         dropped, taken = tuple(sorted(before - after)), tuple(sorted(after - before))
         margin = error = None
-        if scores is not None and dropped and taken:
+        if scores is not None:
             row = scores[0][token]
-            margin = float(row[list(dropped)].min() - row[list(taken)].max())
+            margin = required_movement(row, after, groups)
             error = float((scores[1][token] - row).abs().max())
         yield Flip(
             layer=layer,
@@ -138,3 +164,35 @@ def _flips(
             margin=margin,
             score_error=error,
         )
+
+
+def required_movement(scores: torch.Tensor, chosen: set[int], groups: Groups) -> float:
+    """Return how far the scores [E] of a token must move at least for `chosen` to be its experts.
+
+    0 for the choice that the scores themselves make.
+    """
+    width, count = len(scores), groups.n_group
+    size = width // count if width % count == 0 and width >= 2 * count else width
+    of_expert = torch.arange(width) // size
+    grouped = scores.view(-1, size)
+    needed = sorted({int(of_expert[expert]) for expert in chosen})
+    movement = 0.0
+    if len(grouped) > 1:
+        if len(needed) > groups.topk_group:
+            return float("inf")
+        values = grouped.topk(2, dim=-1).values.sum(-1)
+        rank = values.sort(descending=True, stable=True).indices.tolist()
+        opened = rank[: groups.topk_group]
+        closed = [group for group in needed if group not in opened]
+        # The least costly exchange: the weakest open groups make room.
+        room = [group for group in reversed(opened) if group not in needed]
+        for group, leaving in zip(
+            sorted(closed, key=lambda g: -float(values[g])), room, strict=False
+        ):
+            movement = max(movement, float(values[leaving] - values[group]) / 4)
+    member = torch.zeros(width, dtype=torch.bool)
+    member[sorted(chosen)] = True
+    rivals = ~member & torch.isin(of_expert, torch.tensor(needed))
+    if chosen and rivals.any():
+        movement = max(movement, float(scores[rivals].max() - scores[member].min()) / 2)
+    return movement

@@ -24,6 +24,9 @@ import torch
 #: Resamples of a bootstrap: the 2.5 % points rest on 100 draws each.
 RESAMPLES = 4000
 
+#: Indices of resamples drawn at one time: bounds the memory they take.
+DRAWS_AT_ONCE = 1 << 22
+
 
 class Decision(StrEnum):
     """What the positions say about a limit."""
@@ -55,6 +58,13 @@ class Estimate:
         last = len(self.resamples) - 1
         return self.resamples[min(last, max(0, round(share * last)))]
 
+    def lower_bound(self, alpha: float) -> float:
+        """Return the one-sided lower bound of the mean from its standard error.
+
+        For levels that lie beyond what the resamples reach, as when one of many points is tested.
+        """
+        return self.mean - NormalDist().inv_cdf(1 - alpha) * self.standard_error
+
     def smallest_effect(self, alpha: float, power: float) -> float:
         """Return the smallest true difference that shows with this power at this alpha."""
         normal = NormalDist()
@@ -74,14 +84,28 @@ def estimate(prompts: list[torch.Tensor], seed: int = 0) -> Estimate:
     if count < 2:
         return Estimate(mean=mean, standard_error=float("inf"), resamples=(), segments=count)
     generator = torch.Generator().manual_seed(seed)
-    means = []
-    for _ in range(RESAMPLES):
-        drawn = torch.randint(count, (count,), generator=generator)
-        means.append(float(sums[drawn].sum() / sizes[drawn].sum()))
-    spread = float(torch.tensor(means, dtype=torch.float64).std())
-    return Estimate(
-        mean=mean, standard_error=spread, resamples=tuple(sorted(means)), segments=count
+    rows = max(1, DRAWS_AT_ONCE // count)
+    means = torch.cat(
+        [
+            _resampled(sums, sizes, min(rows, RESAMPLES - done), generator)
+            for done in range(0, RESAMPLES, rows)
+        ]
     )
+    means = means.sort().values
+    return Estimate(
+        mean=mean,
+        standard_error=float(means.std()) if bool(means.isfinite().all()) else float("inf"),
+        resamples=tuple(means.tolist()),
+        segments=count,
+    )
+
+
+def _resampled(
+    sums: torch.Tensor, sizes: torch.Tensor, rows: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Return the means of so many resamples."""
+    drawn = torch.randint(len(sums), (rows, len(sums)), generator=generator)
+    return sums[drawn].sum(-1) / sizes[drawn].sum(-1)
 
 
 def _length(prompts: list[torch.Tensor]) -> int:

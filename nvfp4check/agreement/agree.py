@@ -1,0 +1,369 @@
+"""Two runs held against each other: layers, routing, logits, and the verdict.
+
+Contract of the verdict:
+    fail        a side holds NaN or infinity, a run is not what it says, or a judged criterion fails
+    undecided   a judged criterion is open, or nothing was judged
+    pass        everything judged holds
+    KL          known from below only (from a server's best tokens) can exceed a limit, but not be
+                shown to keep it: what would pass is undecided
+    judged      the limits on KL and top-1 where given; else the layers against the noise floor
+                where there is one; else only whether the two runs are equal bit for bit
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+
+from nvfp4check.activations import Run
+from nvfp4check.agreement.blind import Blind, blind_spots
+from nvfp4check.agreement.divergence import Divergence, HeldPoint, first_divergence, hold
+from nvfp4check.agreement.integrity import Integrity, Problem, check_runs
+from nvfp4check.agreement.layers import PointAgreement, compare_layers
+from nvfp4check.agreement.positions import Positions, compare_positions
+from nvfp4check.agreement.routing import LayerRouting, compare_routing
+from nvfp4check.agreement.statistics import Decision, Estimate, decide_at_least, decide_at_most
+from nvfp4check.agreement.summary import Summary, paired, summarize
+from nvfp4check.findings import CheckError
+
+
+class Judge(StrEnum):
+    """What the verdict rests on."""
+
+    #: Limits where given, else layers where there is a noise floor, else equality in bits.
+    AUTO = "auto"
+    #: Nothing: the numbers are reported, and only a broken run fails.
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgreeOptions:
+    """What two runs are held against."""
+
+    noise: tuple[Run, ...] = ()
+    #: The candidate's model with the reference's choice of experts.
+    forced: Run | None = None
+    #: Another candidate: is it nearer to the reference?
+    versus: Run | None = None
+    max_kl: float | None = None
+    min_top1: float | None = None
+    alpha: float = 0.05
+    power: float = 0.8
+    judge: Judge = Judge.AUTO
+    #: Checkpoint whose head makes logits of final states.
+    head: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Criterion:
+    """Something that was decided."""
+
+    what: str
+    decision: Decision
+    found: float | None
+    limit: float | None
+    #: The smallest true difference that such a sample shows.
+    effect: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KlSplit:
+    """KL of the candidate, and of the candidate with the reference's experts."""
+
+    total: Estimate
+    arithmetic: Estimate
+    #: Total less arithmetic, paired by position: what other experts cost.
+    flips: Estimate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Versus:
+    """KL of another candidate less that of this one, paired by position."""
+
+    run: Run
+    difference: Estimate
+    kl: Estimate
+
+    @property
+    def nearer(self) -> str | None:
+        """`candidate` or `versus`; None where the interval holds 0."""
+        interval = self.difference.interval()
+        if interval is None or interval[0] <= 0 <= interval[1]:
+            return None
+        return "candidate" if interval[0] > 0 else "versus"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgreeResult:
+    """Everything that was found."""
+
+    reference: Run
+    candidate: Run
+    options: AgreeOptions
+    prompts: tuple[str, ...]
+    problems: tuple[Problem, ...]
+    blind: tuple[Blind, ...]
+    layers: tuple[HeldPoint, ...]
+    routing: tuple[LayerRouting, ...]
+    divergence: Divergence | None
+    positions: Positions | None
+    logits: Summary | None
+    #: Of each noise run that has logits.
+    noise_logits: tuple[Summary, ...]
+    split: KlSplit | None
+    versus: Versus | None
+    criteria: tuple[Criterion, ...]
+
+    @property
+    def verdict(self) -> Decision:
+        """The answer."""
+        decisions = {criterion.decision for criterion in self.criteria}
+        if Decision.FAIL in decisions or any(problem.fatal for problem in self.problems):
+            return Decision.FAIL
+        if not decisions or Decision.UNDECIDED in decisions:
+            return Decision.UNDECIDED
+        return Decision.PASS
+
+    @property
+    def skipped(self) -> tuple[Problem, ...]:
+        """What could not be compared because it is not there."""
+        return tuple(problem for problem in self.problems if problem.kind == "missing")
+
+
+def agree(reference: Run, candidate: Run, options: AgreeOptions | None = None) -> AgreeResult:
+    """Compare two runs.
+
+    Raises:
+        CheckError: They have no prompt in common, a prompt's tokens differ, or neither layers nor
+            logits are there on both sides.
+    """
+    options = options or AgreeOptions()
+    prompts, missing = common_prompts(reference, candidate)
+    integrity = check_runs(reference, candidate, prompts)
+    integrity.problems.extend(missing)
+    others = (*options.noise, options.forced, options.versus)
+    for other in (run for run in others if run is not None):
+        common_prompts(reference, other)
+    held, routing, divergence = _layers(reference, candidate, prompts, integrity, options)
+    positions = compare_positions(reference, candidate, prompts, options.head)
+    if positions is not None:
+        integrity.problems.extend(positions.problems)
+    if not held and not routing and positions is None:
+        raise CheckError(
+            f"{reference.path} and {candidate.path} have neither a point of a layer nor logits in "
+            "common; record some with `nvfp4check forward --activations all --logits full`"
+        )
+    logits = summarize(positions.metrics, options.seed) if positions else None
+    noise = tuple(
+        summarize(found.metrics, options.seed)
+        for run in options.noise
+        if (found := compare_positions(reference, run, prompts, options.head)) is not None
+    )
+    return AgreeResult(
+        reference=reference,
+        candidate=candidate,
+        options=options,
+        prompts=prompts,
+        problems=tuple(integrity.problems),
+        blind=tuple(blind_spots(reference, prompts, routing)),
+        layers=tuple(held),
+        routing=tuple(routing),
+        divergence=divergence,
+        positions=positions,
+        logits=logits,
+        noise_logits=noise,
+        split=_split(reference, prompts, positions, options),
+        versus=_versus(reference, prompts, positions, options),
+        criteria=tuple(_criteria(held, routing, divergence, logits, positions, options)),
+    )
+
+
+def common_prompts(reference: Run, candidate: Run) -> tuple[tuple[str, ...], list[Problem]]:
+    """Return the prompts of both runs, and a problem for each that only one has.
+
+    Raises:
+        CheckError: There are none, or a prompt has other tokens.
+    """
+    both = tuple(prompt for prompt in reference.prompts if prompt in candidate.prompts)
+    if not both:
+        raise CheckError(
+            f"{reference.path} and {candidate.path} have no prompt in common: "
+            f"{', '.join(reference.prompts[:3])} … and {', '.join(candidate.prompts[:3])} …; "
+            "run both with the same --prompts"
+        )
+    for prompt in both:
+        left, right = reference.tokens(prompt), candidate.tokens(prompt)
+        if not torch.equal(left, right):
+            raise CheckError(
+                f"prompt {prompt!r}: {reference.path} and {candidate.path} were given other "
+                f"tokens: {_tokens_message(left, right)}; give both the same tokens"
+            )
+    problems = [
+        Problem(
+            kind="missing",
+            run=lacking,
+            prompt=prompt,
+            message=f"prompt {prompt!r} is not in this run",
+            fatal=False,
+        )
+        for lacking, run, other in (
+            ("candidate", reference, candidate),
+            ("reference", candidate, reference),
+        )
+        for prompt in run.prompts
+        if prompt not in other.prompts
+    ]
+    return both, problems
+
+
+def _tokens_message(left: torch.Tensor, right: torch.Tensor) -> str:
+    if torch.equal(left[1:], right) or torch.equal(left, right[1:]):
+        return f"one begins with token {int((left if len(left) > len(right) else right)[0])} more"
+    if len(left) != len(right):
+        return f"{len(left)} and {len(right)} of them"
+    place = int((left != right).nonzero()[0])
+    return f"{int(left[place])} and {int(right[place])} at position {place}"
+
+
+def _layers(
+    reference: Run,
+    candidate: Run,
+    prompts: tuple[str, ...],
+    integrity: Integrity,
+    options: AgreeOptions,
+) -> tuple[list[HeldPoint], list[LayerRouting], Divergence | None]:
+    count = reference.info.config.get("num_hidden_layers")
+    own = count if type(count) is int else None
+
+    def points_of(run: Run) -> list[PointAgreement]:
+        found = compare_layers(reference, run, prompts, integrity.skip)
+        return [p for p in found if p.errors and (own is None or p.layer < own)]
+
+    points = points_of(candidate)
+    noise = [{point.key: point for point in points_of(run)} for run in options.noise]
+    held = hold(points, noise, _units(points, reference, candidate), options.alpha, options.seed)
+    routing, *noise_routing = (
+        [
+            layer
+            for layer in compare_routing(reference, run, prompts, integrity.skip)
+            if own is None or layer.layer < own
+        ]
+        for run in (candidate, *options.noise)
+    )
+    return held, routing, first_divergence(held, routing, noise_routing)
+
+
+def _units(
+    points: Sequence[PointAgreement], reference: Run, candidate: Run
+) -> Mapping[tuple[int, str], float]:
+    """Return the unit roundoff of the coarser of the two dtypes a point is stored in."""
+    units = {}
+    for point in points:
+        prompt = next(iter(point.errors))
+        dtypes = (
+            run.point(point.layer, prompt, point.point).dtype for run in (reference, candidate)
+        )
+        units[point.key] = max(torch.finfo(dtype).eps for dtype in dtypes) / 2
+    return units
+
+
+def _split(
+    reference: Run, prompts: tuple[str, ...], positions: Positions | None, options: AgreeOptions
+) -> KlSplit | None:
+    if options.forced is None or positions is None:
+        return None
+    forced = compare_positions(reference, options.forced, prompts, options.head)
+    if forced is None:
+        raise CheckError(f"{options.forced.path}: holds no logits; KL is split by them")
+    total = {prompt: metrics.kl for prompt, metrics in positions.metrics.items()}
+    arithmetic = {prompt: metrics.kl for prompt, metrics in forced.metrics.items()}
+    return KlSplit(
+        total=summarize(positions.metrics, options.seed).kl,
+        arithmetic=summarize(forced.metrics, options.seed).kl,
+        flips=paired(total, arithmetic, options.seed),
+    )
+
+
+def _versus(
+    reference: Run, prompts: tuple[str, ...], positions: Positions | None, options: AgreeOptions
+) -> Versus | None:
+    if options.versus is None:
+        return None
+    other = compare_positions(reference, options.versus, prompts, options.head)
+    if positions is None or other is None:
+        raise CheckError(
+            "--versus compares logits, and a run holds none; run forward with --logits"
+        )
+    kl = {prompt: metrics.kl for prompt, metrics in positions.metrics.items()}
+    other_kl = {prompt: metrics.kl for prompt, metrics in other.metrics.items()}
+    return Versus(
+        run=options.versus,
+        difference=paired(other_kl, kl, options.seed),
+        kl=summarize(other.metrics, options.seed).kl,
+    )
+
+
+def _criteria(
+    held: Sequence[HeldPoint],
+    routing: Sequence[LayerRouting],
+    divergence: Divergence | None,
+    logits: Summary | None,
+    positions: Positions | None,
+    options: AgreeOptions,
+) -> list[Criterion]:
+    found = []
+    if logits is not None and logits.contaminated:
+        found.append(_broken("positions without NaN or infinity", logits.contaminated))
+    spoilt = sum(point.agreement.nonfinite_candidate for point in held)
+    if spoilt:
+        found.append(_broken("activations without NaN or infinity", spoilt))
+    if options.judge is Judge.NONE:
+        return found
+    limited = options.max_kl is not None or options.min_top1 is not None
+    if limited and logits is None:
+        raise CheckError("--max-kl and --min-top1 judge logits, and a run holds none")
+    if logits is not None and options.max_kl is not None:
+        decision = decide_at_most(logits.kl, options.max_kl, options.alpha)
+        bounded = positions is not None and positions.tail is not None and not positions.tail.exact
+        if bounded and decision is Decision.PASS:
+            decision = Decision.UNDECIDED
+        found.append(_limit("mean KL", decision, logits.kl, options.max_kl, options))
+    if logits is not None and options.min_top1 is not None:
+        decision = decide_at_least(logits.top1, options.min_top1, options.alpha)
+        found.append(_limit("top-1 agreement", decision, logits.top1, options.min_top1, options))
+    if limited:
+        return found
+    judged = options.noise and any(point.floor is not None for point in held)
+    if judged:
+        decision = Decision.PASS if divergence is None else Decision.FAIL
+        found.append(_plain("layers within the noise floor", decision))
+    elif _equal(held, routing, logits):
+        found.append(_plain("equal bit for bit at every point compared", Decision.PASS))
+    return found
+
+
+def _equal(
+    held: Sequence[HeldPoint], routing: Sequence[LayerRouting], logits: Summary | None
+) -> bool:
+    return (
+        all(point.agreement.bitwise for point in held)
+        and not any(layer.flips for layer in routing)
+        and (logits is None or bool((logits.values("kl") == 0).all()))
+    )
+
+
+def _limit(
+    what: str, decision: Decision, found: Estimate, limit: float, options: AgreeOptions
+) -> Criterion:
+    effect = found.smallest_effect(options.alpha, options.power)
+    return Criterion(what=what, decision=decision, found=found.mean, limit=limit, effect=effect)
+
+
+def _plain(what: str, decision: Decision) -> Criterion:
+    return Criterion(what=what, decision=decision, found=None, limit=None, effect=None)
+
+
+def _broken(what: str, count: int) -> Criterion:
+    return Criterion(what=what, decision=Decision.FAIL, found=float(count), limit=0.0, effect=None)

@@ -1,0 +1,218 @@
+"""The first point at which two runs part by more than noise.
+
+Contract:
+    error       e of a token at a point, ||c - r|| / ||r||; that of a noise run likewise, and over
+                several noise runs f = sqrt(mean of squares)
+    unit        both are taken to be at least u, the unit roundoff of the stored dtype: what is
+                smaller is how the values were stored
+    ratio       mean over all tokens of log(e / f), paired by token
+    diverges    the lower bound of the ratio lies above 0. Many points are tested, so the level of
+                each is `alpha` divided by their number: a candidate that is only noise is called
+                divergent at any point with probability `alpha` at most
+    router      the choice of experts diverges by the first flip that the error of the scores does
+                not explain; without scores, by the first flip where no noise run has one
+    token       the first whose error is above every token's floor; where there is none, the one
+                with the largest ratio
+    no floor    without a noise run any difference in bits is a divergence, held against nothing
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from nvfp4check.agreement.layers import Place, PointAgreement
+from nvfp4check.agreement.routing import Flip, LayerRouting
+from nvfp4check.agreement.statistics import estimate
+
+ROUTER_EXPERTS = "router_experts"
+NOISE_FLOOR = "noise floor"
+SCORE_ERROR = "error of the scores"
+NOTHING = "nothing"
+
+#: Order of the computation within a layer.
+ORDER = (
+    "attn_input",
+    "attn_output",
+    "mlp_input",
+    "router_scores",
+    ROUTER_EXPERTS,
+    "router_weights",
+    "mlp_output",
+    "hidden",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldPoint:
+    """A point's agreement, and what it was held against."""
+
+    agreement: PointAgreement
+    #: Whether the block that gives this point got bitwise equal input; None where unknown.
+    input_bitwise: bool | None
+    #: Relative error of the noise runs, None without them.
+    floor: float | None = None
+    #: Mean log ratio of error and floor, and its lower bound.
+    log_ratio: float | None = None
+    log_ratio_low: float | None = None
+    #: None where there was nothing to hold it against.
+    diverges: bool | None = None
+    #: The token by which it diverges.
+    place: Place | None = None
+
+    @property
+    def held_against(self) -> str:
+        """What the error was held against."""
+        return NOTHING if self.floor is None else NOISE_FLOOR
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Divergence:
+    """Where two runs part."""
+
+    layer: int
+    point: str
+    place: Place
+    held_against: str
+
+
+#: Point to the point that its block got as input.
+_INPUTS = {
+    "attn_output": "attn_input",
+    "mlp_output": "mlp_input",
+    "router_scores": "mlp_input",
+    "router_weights": "router_scores",
+}
+
+
+def hold(
+    points: Sequence[PointAgreement],
+    noise: Sequence[Mapping[tuple[int, str], PointAgreement]],
+    units: Mapping[tuple[int, str], float],
+    alpha: float,
+    seed: int = 0,
+) -> list[HeldPoint]:
+    """Hold each point against the noise runs; `units` are the unit roundoffs of the points."""
+    bitwise = {point.key: point.bitwise for point in points}
+    held = []
+    for point in points:
+        source = _INPUTS.get(point.point)
+        whole = bitwise.get((point.layer, source)) if source else None
+        floors = [run[point.key] for run in noise if point.key in run]
+        if noise and len(floors) == len(noise):
+            found = _against(point, floors, units[point.key], alpha / len(points), seed)
+            held.append(replace(found, input_bitwise=whole))
+        else:
+            held.append(HeldPoint(agreement=point, input_bitwise=whole))
+    return held
+
+
+def _against(
+    point: PointAgreement,
+    floors: Sequence[PointAgreement],
+    unit: float,
+    alpha: float,
+    seed: int,
+) -> HeldPoint:
+    errors, floor = {}, {}
+    for prompt, error in point.errors.items():
+        if all(prompt in run.errors for run in floors):
+            squares = torch.stack([run.errors[prompt].square() for run in floors])
+            floor[prompt] = squares.mean(0).sqrt().clamp(min=unit)
+            errors[prompt] = error.clamp(min=unit)
+    ratios = {prompt: (errors[prompt] / floor[prompt]).log() for prompt in errors}
+    # An infinite error is a divergence, and no number to take a mean of.
+    boundless = any(bool(ratio.isposinf().any()) for ratio in ratios.values())
+    found = estimate([r.nan_to_num(nan=math.nan, posinf=0.0) for r in ratios.values()], seed)
+    low = found.lower_bound(alpha) if found.resamples else None
+    diverges = boundless or bool(point.nonfinite_candidate > point.nonfinite_reference)
+    diverges = diverges or (low is not None and low > 0)
+    squares_of = [run.relative_error**2 for run in floors]
+    return HeldPoint(
+        agreement=point,
+        input_bitwise=None,
+        floor=math.sqrt(sum(squares_of) / len(squares_of)),
+        log_ratio=found.mean if math.isfinite(found.mean) else None,
+        log_ratio_low=low,
+        diverges=diverges,
+        place=_place(point, errors, floor, ratios) if diverges else None,
+    )
+
+
+def _place(
+    point: PointAgreement,
+    errors: Mapping[str, torch.Tensor],
+    floor: Mapping[str, torch.Tensor],
+    ratios: Mapping[str, torch.Tensor],
+) -> Place | None:
+    """Return the token to look at first."""
+    if point.nonfinite_candidate > point.nonfinite_reference:
+        for prompt, error in errors.items():
+            if error.isnan().any():
+                return Place(prompt=prompt, token=int(error.isnan().nonzero()[0]))
+    highest = max((float(values.nan_to_num(0.0).max()) for values in floor.values()), default=0.0)
+    for prompt, error in errors.items():
+        above = error > highest
+        if above.any():
+            return Place(prompt=prompt, token=int(above.nonzero()[0]))
+    best = max(ratios, key=lambda prompt: float(ratios[prompt].nan_to_num(0.0).max()))
+    return Place(prompt=best, token=int(ratios[best].nan_to_num(0.0).argmax()))
+
+
+def first_divergence(
+    held: Sequence[HeldPoint],
+    routing: Sequence[LayerRouting],
+    noise_routing: Sequence[Sequence[LayerRouting]],
+) -> Divergence | None:
+    """Return the first point, in the order of the computation, that diverges."""
+    found = [*_of_values(held), *_of_routing(routing, noise_routing, held)]
+    return min(found, key=lambda d: (d.layer, ORDER.index(d.point)), default=None)
+
+
+def _of_values(held: Sequence[HeldPoint]) -> list[Divergence]:
+    found = []
+    for point in held:
+        agreement = point.agreement
+        place = point.place
+        if point.floor is None:
+            place = agreement.first_difference if not agreement.bitwise else None
+        if place is not None:
+            found.append(
+                Divergence(
+                    layer=agreement.layer,
+                    point=agreement.point,
+                    place=place,
+                    held_against=point.held_against,
+                )
+            )
+    return found
+
+
+def _of_routing(
+    routing: Sequence[LayerRouting],
+    noise_routing: Sequence[Sequence[LayerRouting]],
+    held: Sequence[HeldPoint],
+) -> list[Divergence]:
+    noisy = {
+        (layer.layer, flip.place) for run in noise_routing for layer in run for flip in layer.flips
+    }
+    found = []
+    for layer in routing:
+        suspects: list[Flip] = [flip for flip in layer.flips if flip.legal is False]
+        against = SCORE_ERROR
+        if not noise_routing:
+            suspects, against = list(layer.flips), NOTHING
+        elif layer.score_error is None:
+            suspects = [flip for flip in layer.flips if (layer.layer, flip.place) not in noisy]
+            against = NOISE_FLOOR
+        if suspects:
+            found.append(
+                Divergence(
+                    layer=layer.layer,
+                    point=ROUTER_EXPERTS,
+                    place=suspects[0].place,
+                    held_against=against,
+                )
+            )
+    return found

@@ -1,0 +1,195 @@
+"""The logits of two runs compared, in whatever form each of them has them."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from nvfp4check.activations import Run
+from nvfp4check.agreement.integrity import Problem, rows_message
+from nvfp4check.agreement.logits import (
+    PositionMetrics,
+    compare_rows,
+    concatenate,
+    following,
+    top_k,
+)
+from nvfp4check.agreement.sources import Full, Logits, Source, Top, opened_logits
+from nvfp4check.agreement.topk import TopMetrics, TopRows, compare_top, look_up
+
+#: How many tokens of full logits stand beside those that a server lists.
+RANKED = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tail:
+    """What a list of the best tokens leaves open, the mean of all positions."""
+
+    #: Probability of the tokens that are not known on both sides.
+    reference: float
+    candidate: float
+    #: Mean KL if no unlisted token is worse than the worst listed one.
+    kl_if_bounded: float
+    #: Whether nothing is left open, so that KL is known and not only bounded from below.
+    exact: bool
+
+
+@dataclass
+class Positions:
+    """The metrics of every position, and what was wrong with the logits."""
+
+    metrics: dict[str, PositionMetrics] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    #: None where full logits were compared.
+    tail: Tail | None = None
+    vocabulary: int | None = None
+
+
+def compare_positions(
+    reference: Run, candidate: Run, prompts: tuple[str, ...], head: str | None = None
+) -> Positions | None:
+    """Compare the logits of each prompt; None where a run has none at all."""
+    found = Positions()
+    tops: list[TopMetrics] = []
+    with opened_logits(reference, head) as left, opened_logits(candidate, head) as right:
+        if not left.there or not right.there:
+            return None
+        for prompt in prompts:
+            sources = _sources(left, right, prompt, found)
+            if sources is None:
+                continue
+            tokens = reference.tokens(prompt)
+            one, other = sources
+            if isinstance(one, Full) and isinstance(other, Full):
+                found.vocabulary = min(one.vocabulary, other.vocabulary)
+                found.metrics[prompt] = _full(one, other, tokens, prompt, found)
+            else:
+                top = _top(one, other, tokens)
+                tops.append(top)
+                found.metrics[prompt] = top.metrics
+    if tops:
+        found.tail = _tail(tops)
+    return found if found.metrics else None
+
+
+def _sources(
+    left: Logits, right: Logits, prompt: str, found: Positions
+) -> tuple[Source, Source] | None:
+    sources: list[Source] = []
+    for name, logits in (("reference", left), ("candidate", right)):
+        if not logits.has(prompt):
+            found.problems.append(
+                Problem(
+                    kind="missing",
+                    run=name,
+                    prompt=prompt,
+                    message=f"logits of prompt {prompt!r} were not recorded",
+                    fatal=False,
+                )
+            )
+            return None
+        source = logits.of(prompt)
+        tokens = logits.tokens(prompt)
+        if source.positions != tokens:
+            found.problems.append(
+                Problem(
+                    kind="rows",
+                    run=name,
+                    prompt=prompt,
+                    message=f"logits of prompt {prompt!r}: "
+                    f"{rows_message(source.positions, tokens)}",
+                )
+            )
+            return None
+        sources.append(source)
+    return sources[0], sources[1]
+
+
+def _full(
+    left: Full, right: Full, tokens: torch.Tensor, prompt: str, found: Positions
+) -> PositionMetrics:
+    vocabulary = min(left.vocabulary, right.vocabulary)
+    if left.vocabulary != right.vocabulary and not any(
+        problem.kind == "vocabulary" for problem in found.problems
+    ):
+        found.problems.append(
+            Problem(
+                kind="vocabulary",
+                run="candidate" if right.vocabulary > left.vocabulary else "reference",
+                prompt=prompt,
+                message=f"logits of {max(left.vocabulary, right.vocabulary)} entries where the "
+                f"other run has {vocabulary}: padding, cut off",
+                fatal=False,
+            )
+        )
+    return compare_rows(
+        lambda first, stop: left.rows(first, stop)[:, :vocabulary],
+        lambda first, stop: right.rows(first, stop)[:, :vocabulary],
+        left.positions,
+        vocabulary,
+        tokens,
+        block=max(left.block, right.block),
+    )
+
+
+def _top(left: Source, right: Source, tokens: torch.Tensor) -> TopMetrics:
+    """Compare where a side has only its best tokens."""
+    after = following(left.positions, tokens)
+    blocks = [source.block for source in (left, right) if isinstance(source, Full)]
+    step = max(blocks, default=max(1, left.positions))
+    parts = []
+    for first in range(0, left.positions, step):
+        stop = min(first + step, left.positions)
+        here = after[first:stop]
+        parts.append(
+            compare_top(
+                _rows(left, right, first, stop, here), _rows(right, left, first, stop, here), here
+            )
+        )
+    return _joined(parts)
+
+
+def _rows(side: Source, other: Source, first: int, stop: int, after: torch.Tensor) -> TopRows:
+    """Return the positions of a side; one with full logits looks up the other's tokens."""
+    if isinstance(side, Top):
+        return _cut(side.rows, first, stop)
+    logits = side.rows(first, stop)
+    wanted = after.unsqueeze(-1)
+    if isinstance(other, Top):
+        wanted = torch.cat((_cut(other.rows, first, stop).tokens, wanted), dim=1)
+        # A token is looked up once: what stands to its left already is not wanted again.
+        earlier = torch.tril(wanted.unsqueeze(-1) == wanted.unsqueeze(-2), diagonal=-1)
+        wanted = torch.where(earlier.any(-1), -1, wanted)
+    wanted = torch.where(wanted < logits.shape[1], wanted, -1)
+    return look_up(logits, top_k(logits, RANKED), wanted)
+
+
+def _cut(rows: TopRows, first: int, stop: int) -> TopRows:
+    return TopRows(
+        tokens=rows.tokens[first:stop],
+        logprobs=rows.logprobs[first:stop],
+        following=rows.following[first:stop],
+        ranked=rows.ranked,
+    )
+
+
+def _joined(parts: list[TopMetrics]) -> TopMetrics:
+    return TopMetrics(
+        metrics=concatenate([part.metrics for part in parts]),
+        kl_if_bounded=torch.cat([part.kl_if_bounded for part in parts]),
+        tail_reference=torch.cat([part.tail_reference for part in parts]),
+        tail_candidate=torch.cat([part.tail_candidate for part in parts]),
+        exact=torch.cat([part.exact for part in parts]),
+    )
+
+
+def _tail(tops: list[TopMetrics]) -> Tail:
+    def mean(name: str) -> float:
+        values = torch.cat([getattr(top, name) for top in tops])
+        return float(values[~values.isnan()].mean())
+
+    return Tail(
+        reference=mean("tail_reference"),
+        candidate=mean("tail_candidate"),
+        kl_if_bounded=mean("kl_if_bounded"),
+        exact=all(bool(top.exact.all()) for top in tops),
+    )

@@ -1,0 +1,1 @@
+"""Runs from servers: the log-probabilities of given tokens, asked over the OpenAI API."""
