@@ -17,6 +17,8 @@ class Entry(NamedTuple):
 COMMANDS: dict[str, Entry] = {
     "validate": Entry("nvfp4check.cli.validate", "Is this checkpoint sound?"),
     "forward": Entry("nvfp4check.cli.forward", "The reference forward pass, streamed from disk."),
+    "agree": Entry("nvfp4check.cli.agree", "Do two runs agree, layer by layer and in logits?"),
+    "capture": Entry("nvfp4check.cli.capture", "A run from a server that speaks the OpenAI API."),
     "golden": Entry("nvfp4check.cli.golden", "Keep a run as a golden; check against it."),
     "inspect": Entry("nvfp4check.cli.inspect", "What is in this checkpoint?"),
     "kernels": Entry("nvfp4check.cli.kernels", "Check kernels property by property."),

@@ -270,6 +270,42 @@ def _bench_markdown(document: Document, extras: Extras) -> str:
     return bench_text(document, "github")
 
 
+def _agree_text(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.agree_text import agree_text
+
+    return agree_text(document)
+
+
+def _agree_markdown(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.agree_text import agree_markdown
+
+    return agree_markdown(document)
+
+
+def _agree_html(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.agree_html import agree_html
+
+    return agree_html(document)
+
+
+def _agree_junit(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.agree_junit import agree_junit
+
+    return agree_junit(document)
+
+
+def _capture_text(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.capture_text import capture_text
+
+    return capture_text(document)
+
+
+def _capture_markdown(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.capture_text import capture_text
+
+    return capture_text(document, "github")
+
+
 _RENDERERS: dict[tuple[str, Format], Renderer] = {
     ("validate", Format.TEXT): _validate_text,
     ("validate", Format.MARKDOWN): _validate_markdown,
@@ -295,6 +331,12 @@ _RENDERERS: dict[tuple[str, Format], Renderer] = {
     ("bench", Format.MARKDOWN): _bench_markdown,
     ("codegen", Format.TEXT): _codegen_text,
     ("codegen", Format.MARKDOWN): _codegen_markdown,
+    ("agree", Format.TEXT): _agree_text,
+    ("agree", Format.MARKDOWN): _agree_markdown,
+    ("agree", Format.HTML): _agree_html,
+    ("agree", Format.JUNIT): _agree_junit,
+    ("capture", Format.TEXT): _capture_text,
+    ("capture", Format.MARKDOWN): _capture_markdown,
     ("golden", Format.TEXT): _golden_text,
     ("golden", Format.MARKDOWN): _golden_markdown,
     ("golden", Format.HTML): _golden_html,

@@ -1,0 +1,162 @@
+"""`nvfp4check agree REFERENCE_RUN CANDIDATE_RUN`: where two runs part, and whether it matters."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nvfp4check.cli.command import command, make_app
+from nvfp4check.cli.exit_codes import ExitCode
+from nvfp4check.cli.options import OutputOption, chosen_format, require_writable, write
+from nvfp4check.findings import CheckError
+from nvfp4check.report.formats import Format
+from nvfp4check.report.render import render
+
+app = make_app()
+
+
+class JudgeBy(StrEnum):
+    """What the verdict rests on."""
+
+    AUTO = "auto"
+    NONE = "none"
+
+
+class AgreeFormat(StrEnum):
+    """The formats of an agreement."""
+
+    TEXT = "text"
+    JSON = "json"
+    MARKDOWN = "markdown"
+    HTML = "html"
+    JUNIT = "junit"
+
+
+@command(
+    app,
+    examples=(
+        "nvfp4check agree reference candidate",
+        "nvfp4check agree reference candidate --noise noise1 --noise noise2 --output report.html",
+        "nvfp4check agree reference candidate --max-kl 0.02 --min-top1 0.95",
+        "nvfp4check agree reference new --versus old",
+    ),
+)
+def agree(
+    reference: Annotated[
+        Path,
+        typer.Argument(metavar="REFERENCE_RUN", help="The believed run.", show_default=False),
+    ],
+    candidate: Annotated[
+        Path,
+        typer.Argument(metavar="CANDIDATE_RUN", help="The run under test.", show_default=False),
+    ],
+    noise: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="RUN",
+            help="The reference with noise on it (forward --perturb); may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    forced: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN",
+            help="The candidate with the reference's experts (forward --routing): splits KL.",
+            show_default=False,
+        ),
+    ] = None,
+    versus: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN",
+            help="Another candidate: which is nearer to the reference?",
+            show_default=False,
+        ),
+    ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(metavar="NATS", help="Limit on the mean KL.", show_default=False),
+    ] = None,
+    min_top1: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE", min=0, max=1, help="Limit on top-1 agreement.", show_default=False
+        ),
+    ] = None,
+    alpha: Annotated[
+        float, typer.Option(metavar="P", help="Probability of a wrong PASS, or a wrong FAIL.")
+    ] = 0.05,
+    power: Annotated[
+        float, typer.Option(metavar="P", help="Probability with which an effect would be seen.")
+    ] = 0.8,
+    judge: Annotated[
+        JudgeBy,
+        typer.Option(help="auto: limits, else the noise floor, else equality. none: report only."),
+    ] = JudgeBy.AUTO,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CKPT",
+            help="Checkpoint whose head makes logits of final states. [default: the run's own]",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the resampling.")] = 0,
+    allow_skips: Annotated[
+        bool,
+        typer.Option("--allow-skips", help="Exit with 0 though something was not recorded."),
+    ] = False,
+    format: Annotated[
+        AgreeFormat | None,
+        typer.Option(
+            "--format",
+            help="How to write the result. [default: by the suffix of --output, else text]",
+            case_sensitive=False,
+            show_default=False,
+        ),
+    ] = None,
+    output: OutputOption = None,
+) -> int:
+    """Compare two runs: layer by layer, expert by expert, and by what they would say next.
+
+    PASS, FAIL and UNDECIDED give the exit codes 0, 1 and 3. A limit is kept or broken only if a
+    one-sided interval at --alpha lies wholly on one side of it.
+    """
+    for name, share in (("--alpha", alpha), ("--power", power)):
+        if not 0 < share < 1:
+            raise CheckError(f"{name} {share}: give a probability between 0 and 1")
+    require_writable(output)
+
+    from nvfp4check.activations import Run
+    from nvfp4check.agreement.agree import AgreeOptions, Judge
+    from nvfp4check.agreement.agree import agree as compare
+    from nvfp4check.agreement.document import agree_document
+    from nvfp4check.agreement.statistics import Decision
+    from nvfp4check.agreement.words import Words
+
+    options = AgreeOptions(
+        noise=tuple(Run.open(path) for path in noise or ()),
+        forced=Run.open(forced) if forced else None,
+        versus=Run.open(versus) if versus else None,
+        max_kl=max_kl,
+        min_top1=min_top1,
+        alpha=alpha,
+        power=power,
+        judge=Judge(judge.value),
+        head=head,
+        seed=seed,
+    )
+    result = compare(Run.open(reference), Run.open(candidate), options)
+    into = Format(format.value) if format else chosen_format(None, output)
+    document = agree_document(result, Words.of(result.reference, result.candidate))
+    write(render(document, into), output)
+    codes = {
+        Decision.PASS: ExitCode.HOLDS,
+        Decision.FAIL: ExitCode.DOES_NOT_HOLD,
+        Decision.UNDECIDED: ExitCode.UNDECIDED,
+    }
+    if result.verdict is Decision.PASS and result.skipped and not allow_skips:
+        return ExitCode.COULD_NOT_CHECK
+    return codes[result.verdict]

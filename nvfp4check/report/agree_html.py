@@ -1,0 +1,47 @@
+"""An agreement as a page."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from nvfp4check.report import agree_plots as plots
+from nvfp4check.report import agree_words as words
+from nvfp4check.report.agree_text import MARK, SHARES, tables
+from nvfp4check.report.page import render_page
+
+#: Tone of the banner for each verdict.
+_TONES = {"pass": "pass", "fail": "fail", "undecided": "incomplete"}
+
+
+def agree_html(document: Mapping[str, Any]) -> str:
+    """Return the page."""
+    logits = document["logits"]
+    lines = [plots.error_plot(document)]
+    bars = []
+    if logits:
+        lines.append(plots.position_plot(document))
+        bars = [plots.kl_plot(document), plots.prompt_plot(document)]
+    said = [
+        words.divergence_sentence(document),
+        words.routing_sentence(document),
+        words.split_sentence(document),
+        words.versus_sentence(document),
+    ]
+    return render_page(
+        "agree.html.j2",
+        tone=_TONES.get(document["verdict"], "incomplete"),
+        verdict=document["verdict"],
+        title=words.title(document),
+        runs=words.run_rows(document),
+        criteria=list(words.criteria_sentences(document)),
+        said=[sentence for sentence in said if sentence],
+        problems=list(words.problem_sentences(document)),
+        lines=[plot for plot in lines if plot is not None],
+        bars=bars,
+        heat=plots.flip_map(document),
+        tables=[table for table in tables(document) if table[2]],
+        prompts=words.prompt_rows(document) if logits else [],
+        prompt_headers=words.PROMPT_HEADERS,
+        notes=list(words.logit_notes(document)) if logits else [],
+        legend=[MARK, SHARES] if document["layers"] else [],
+        blind=list(words.blind_sentences(document)),
+    )
