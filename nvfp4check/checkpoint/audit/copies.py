@@ -6,6 +6,8 @@ Contract:
                  to the copy's dtype
     cast         the base is plain, of another dtype: each value rounded once, to nearest even
     by FP8       the base is bfloat16, and so is the copy: the base's values taken through FP8
+    converted    the base is bfloat16, the copy FP8 128 x 128: it means what the base does when
+                 taken through FP8
     different    none of these; elements that differ from the one that fits best are counted
 """
 
@@ -58,6 +60,9 @@ def _ways(weight: LogicalWeight, base: LogicalWeight) -> Iterator[tuple[Copied, 
         if weight.format is WeightFormat.BF16 and len(weight.shape) == 2:
             yield Copied.BY_FP8, Way.FP8
             yield Copied.BY_FP8, Way.FP8_UE8M0
+    elif weight.format is WeightFormat.FP8_BLOCK:
+        yield Copied.CONVERTED, Way.FP8
+        yield Copied.CONVERTED, Way.FP8_UE8M0
     elif base.format is WeightFormat.FP8_BLOCK:
         yield Copied.DEQUANTIZED, Way.DIRECT
     else:
@@ -121,12 +126,16 @@ def _same_values(
     reader: Reader, weight: LogicalWeight, source: Source, base: LogicalWeight, how: Copied
 ) -> CopyAudit:
     """Compare with the base's values in the dtype of the copy."""
-    entry = weight.parts[Part.PLAIN]
-    dtype = PLAIN_DTYPES[weight.format]
+    converted = Source(reader, weight) if how is Copied.CONVERTED else None
+    entry = weight.parts[Part.CODES if converted else Part.PLAIN]
+    dtype = torch.bfloat16 if converted else PLAIN_DTYPES[weight.format]
     rows, columns = matrix_shape(weight)
     different, first = 0, None
     for start, stop in row_pieces(rows, columns):
-        mine = reader.rows(entry, start, stop, columns * dtype.itemsize)
+        if converted is None:
+            mine = reader.rows(entry, start, stop, columns * dtype.itemsize)
+        else:
+            mine = _as_bytes(converted.tensor(start, stop, dtype))
         expected = _as_bytes(source.tensor(start, stop, dtype))
         if np.array_equal(mine, expected):
             continue

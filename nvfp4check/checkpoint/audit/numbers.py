@@ -30,6 +30,8 @@ _ULP = 2.0**-23
 SCALES = 127
 _LARGEST = SCALES - 1
 
+_LEAST_NORMAL = 0x08
+
 #: Global scales for which every scale times it, and its reciprocal, are normal float32.
 _LEAST_GLOBAL, _LARGEST_GLOBAL = 2.0**-117, 2.0**110
 
@@ -107,11 +109,14 @@ def numbers_for(
         factors = np.stack([inverse * (1 - ZONE), inverse * (1 + ZONE)], axis=1)
         factors = factors.astype(np.float32)
     wide = 3 * _ROUNDOFF[dtype] if in_dtype else 0.0
+    # compressed-tensors rounds a sixth of the amax to the weight's dtype.
+    zone = ZONE + _ROUNDOFF[dtype]
     middle = np.array(e4m3.MIDPOINTS[:_LARGEST]) * E2M1.max * decode
     full = scales[_LARGEST] * E2M1.max * decode * (1 + ZONE + _ULP + wide)
     lower = np.append(0.0, middle)
-    zone = ZONE + wide
     inside = _bits(lower * (1 + zone), np.append(middle * (1 - zone), full), inward=True)
+    # Below 2**-6 conventions with a least scale differ from the others.
+    inside[:_LEAST_NORMAL] = np.iinfo(np.uint32).max, 0
     outside = _bits(lower * (1 - ZONE), np.append(middle * (1 + ZONE), full), inward=False)
     return Numbers(
         units=units,

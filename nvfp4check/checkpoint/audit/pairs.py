@@ -84,6 +84,8 @@ def _why_not(checkpoint: Checkpoint, weight: LogicalWeight, base: LogicalWeight)
             or _why_no_global_scale(checkpoint, weight)
             or why_no_source(base)
         )
+    if weight.format is WeightFormat.FP8_BLOCK and base.format is WeightFormat.BF16:
+        return why_no_source(weight) or why_no_source(base)
     if weight.format in PLAIN_DTYPES and Part.PLAIN in weight.parts:
         return why_no_source(base)
     return f"it is stored as {weight.format}, and the base as {base.format}"

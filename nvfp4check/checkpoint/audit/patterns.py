@@ -53,7 +53,7 @@ def patterns(found: Iterable[Foreign]) -> tuple[str, ...]:
     ]
     said += [
         f"{module}: {count:,} {'linear holds' if count == 1 else 'linears hold'} what it is fused "
-        "with: gate and up are exchanged"
+        "with, or rows of it"
         for module, count in sorted(swapped.items())
     ]
     return tuple(said)

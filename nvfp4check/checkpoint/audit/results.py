@@ -26,6 +26,7 @@ class Copied(StrEnum):
     DEQUANTIZED = "dequantised"
     CAST = "cast"
     BY_FP8 = "by way of FP8"
+    CONVERTED = "converted to FP8"
     DIFFERENT = "different"
 
 

@@ -194,12 +194,18 @@ def _add_zero_blocks(
     if not there:
         return
     zeros = torch.zeros(1, BLOCK_SIZE, dtype=dtype)
+    no_scale = torch.zeros(1, 1, dtype=torch.uint8).view(torch.float8_e4m3fn)
     known = np.zeros(256, bool)
     for place, convention in enumerate(CONVENTIONS):
         made = nvfp4.quantize_block_scales(zeros, decode, convention, global_encode_scale=encode)
         byte = int(made.view(torch.uint8))
         known[byte] = True
         tallies.scale_differs[place] += there - int(tallies.zero_blocks[byte])
+        # Zeros are code 0 under every scale but 0, by which some divide.
+        codes = nvfp4.quantize_elements(
+            zeros, no_scale, decode, convention, global_encode_scale=encode
+        )
+        tallies.code_differs[place] += int(tallies.zero_blocks[0]) * int((codes != 0).sum())
     tallies.counts[Count.UNEXPLAINED] += int(tallies.zero_blocks[~known].sum())
 
 

@@ -21,7 +21,7 @@ from nvfp4check.checkpoint.rules.base import (
 )
 from nvfp4check.checkpoint.rules.siblings import at_part, fused_groups
 from nvfp4check.findings import Severity
-from nvfp4ref.formats import E4M3
+from nvfp4ref.formats import E4M3, NVFP4
 
 _GITHUB = "https://github.com/"
 #: FourOverSix divides amax by 6 * 256, to leave room for scales half as large again.
@@ -64,12 +64,15 @@ def _code_offset(weight: LogicalWeight, element: int | None) -> int:
 )
 def audit_bound(context: RuleContext) -> Iterator[Problem]:
     """Report weights with elements beyond their rounding."""
+    misfits = {weight.name: ratio for weight, _, ratio in _misfits(context)}
     for weight, audit in _native(context):
         count = audit.counts["beyond"]
         if not count:
             continue
         also = audit.counts["off"]
         beside = f"; {counted(also, 'further code')} not the nearest" if also else ""
+        if weight.name in misfits:
+            beside += f"; the global scale is {misfits[weight.name]:.6g} times amax/2688"
         yield Problem(
             f"{count:,} of {audit.elements:,} elements are farther from the base than rounding "
             f"allows, up to {audit.worst:.3g} times block scale and global scale; "
@@ -212,7 +215,26 @@ def audit_unquantized_changed(context: RuleContext) -> Iterator[Problem]:
     level=RuleLevel.BYTES,
 )
 def audit_global_scale(context: RuleContext) -> Iterator[Problem]:
-    """Hold global scales against the amax of the base, by groups that engines fuse."""
+    """Report global scales that their amax does not give; of weights with NV701, that says it."""
+    for weight, audit, ratio in _misfits(context):
+        if audit.counts["beyond"]:
+            continue
+        searched = (
+            "; 4-over-6 divides by 6 * 256: legal"
+            if abs(ratio / _FOUR_OVER_SIX - 1) < 2.0**-7  # bfloat16 is the coarsest they divide in
+            else "; legal if it was searched for"
+        )
+        yield Problem(
+            f"global scale {audit.stored_scale:.9g} is {ratio:.6g} times amax/2688 of the base"
+            f"{searched}",
+            observed=ratio,
+            expected=1.0,
+            **at_part(weight, Part.GLOBAL_SCALE),
+        )
+
+
+def _misfits(context: RuleContext) -> Iterator[tuple[LogicalWeight, WeightAudit, float]]:
+    """Yield weights whose global scale neither their own amax nor their group's gives."""
     if context.audit is None:
         return
     judged = [
@@ -224,22 +246,8 @@ def audit_global_scale(context: RuleContext) -> Iterator[Problem]:
     away = _ulps(judged, {audit.name: audit.amax for _, audit in judged})
     away_from_group = _ulps(judged, group_amax)
     for weight, audit in judged:
-        if min(away[audit.name], away_from_group[audit.name]) <= 1:
-            continue
-        amax = group_amax[audit.name]
-        ratio = 2688 * audit.global_decode / amax
-        searched = (
-            "; 4-over-6 divides by 6 * 256: legal"
-            if abs(ratio / _FOUR_OVER_SIX - 1) < 2.0**-7  # bfloat16 is the coarsest they divide in
-            else "; legal if it was searched for"
-        )
-        yield Problem(
-            f"global scale {audit.stored_scale:.9g} is {ratio:.6g} times what the base's largest "
-            f"magnitude {amax:.6g} gives{searched}",
-            observed=ratio,
-            expected=1.0,
-            **at_part(weight, Part.GLOBAL_SCALE),
-        )
+        if min(away[audit.name], away_from_group[audit.name]) > 1:
+            yield weight, audit, NVFP4.full_scale * audit.global_decode / group_amax[audit.name]
 
 
 def _group_amax(audit: AuditOutcome, weights: list[LogicalWeight]) -> dict[str, float]:
