@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import nvfp4check.kernels
+from nvfp4check.faults import fault
 from nvfp4check.kernels import interpreter, matmul
 from nvfp4check.properties import properties_of
 from nvfp4check.properties.law import Setting, Verdict
@@ -97,11 +99,32 @@ def test_an_unchanged_copy_keeps_every_law(tmp_path):
     assert first_broken_law("swizzle", copied.swizzle) is None
 
 
-def test_the_released_dot_scaled_breaks_a_law_of_matmul():
-    def unrepaired(*arguments):
-        with interpreter.unrepaired():
-            return matmul.matmul(*arguments)
+def unrepaired_matmul(*arguments):
+    with interpreter.unrepaired():
+        return matmul.matmul(*arguments)
 
-    if not interpreter.REPAIRS[0].applies:
-        pytest.skip("this Triton decodes E4M3 scales")
-    assert first_broken_law("matmul", unrepaired)
+
+needs_the_repair = pytest.mark.skipif(
+    not interpreter.REPAIRS[0].applies, reason="this Triton decodes E4M3 scales"
+)
+
+
+@needs_the_repair
+def test_the_released_dot_scaled_breaks_a_law_of_matmul():
+    assert first_broken_law("matmul", unrepaired_matmul)
+
+
+@needs_the_repair
+@pytest.mark.skipif(interpreter.RELEASE < (3, 9), reason="this Triton interprets no dot_scaled")
+def test_the_released_dot_scaled_is_the_fault_of_scales_read_as_e8m0(generator):
+    a_codes, b_codes = (
+        torch.randint(0, 256, (rows, 32), generator=generator).to(torch.uint8) for rows in (70, 20)
+    )
+    scales = torch.randint(0x38, 0x40, (70, 4), generator=generator).to(torch.uint8)
+    scales = scales.view(torch.float8_e4m3fn)
+    given = (a_codes, scales, b_codes, scales[:20], torch.tensor(1.0), torch.float32)
+    forms = {form.label: form for form in fault("F3e").forms_of("matmul")}
+
+    wrong = forms["as E8M0 of both operands"].apply()
+
+    assert torch.equal(unrepaired_matmul(*given), wrong(*given))
