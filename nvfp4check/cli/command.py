@@ -39,7 +39,8 @@ class Ending(Exception):  # noqa: N818  it is no error
 def make_app(group: str | None = None) -> typer.Typer:
     """Return a Typer app with the defaults of this command line.
 
-    With `group`, the app holds subcommands even when there is only one, and `group` is its help.
+    With `group`, the app holds subcommands even when there is only one; `group` is its help, which
+    ends with the first example of each.
     """
     app = typer.Typer(
         rich_markup_mode=None,  # plain help: quick, narrow, and the same in a log
@@ -69,11 +70,17 @@ def command(
             raise Ending(int(function(*args, **kwargs)))
 
         app.command(name, epilog=_epilog(examples))(end)
+        group = app.registered_callback
+        if group is not None:
+            group.epilog = "\n".join((group.epilog or _epilog(()), _line(examples[0])))
         return function
 
     return put
 
 
 def _epilog(examples: Sequence[str]) -> str:
-    lines = ["\b", "Examples:", *(f"  {example}" for example in examples)]
-    return "\n".join(lines)
+    return "\n".join(["\b", "Examples:", *map(_line, examples)])
+
+
+def _line(example: str) -> str:
+    return f"  {example}"

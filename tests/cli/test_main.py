@@ -1,3 +1,4 @@
+import importlib
 import os
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from nvfp4check.cli.table import COMMANDS, Entry
 from nvfp4check.findings import CheckError
 
 Run = Callable[..., Any]
+
+GROUPS = ("capture", "faults", "golden", "kernels")
 
 
 @pytest.fixture
@@ -129,6 +132,28 @@ def test_every_commands_help_ends_with_examples_of_itself(run: Run, name: str, f
     lines = examples.strip().splitlines()
     assert lines
     assert all(line.strip().startswith(f"nvfp4check {name}") for line in lines)
+
+
+def _app(name: str) -> typer.Typer:
+    app: typer.Typer = importlib.import_module(COMMANDS[name].module).app
+    return app
+
+
+def test_the_commands_with_subcommands_are_these() -> None:
+    assert {name for name in COMMANDS if _app(name).registered_callback} == set(GROUPS)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_every_subcommands_help_ends_with_examples_of_itself(run: Run, name: str) -> None:
+    app = _app(name)
+    assert app.registered_commands
+    for info in app.registered_commands:
+        sub = info.name or getattr(info.callback, "__name__", "")
+        text, _, examples = run(name, sub, "--help").out.partition("\n  Examples:\n")
+        assert f"Usage: nvfp4check {name} {sub}" in text
+        lines = examples.strip().splitlines()
+        assert lines
+        assert all(line.strip().startswith(f"nvfp4check {name} {sub}") for line in lines)
 
 
 def test_a_command_is_imported_only_when_it_is_called(run: Run, monkeypatch: Any) -> None:
