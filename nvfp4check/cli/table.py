@@ -24,5 +24,7 @@ COMMANDS: dict[str, Entry] = {
     "kernels": Entry("nvfp4check.cli.kernels", "Check kernels property by property."),
     "faults": Entry("nvfp4check.cli.faults", "Faults that were shipped: list or plant them."),
     "synth": Entry("nvfp4check.cli.synth", "A synthetic checkpoint of any size."),
+    "release": Entry("nvfp4check.cli.release", "The whole gate: validate, forward, agree, a page."),
+    "report": Entry("nvfp4check.cli.report", "Several JSON results in one HTML page."),
     "rules": Entry("nvfp4check.cli.rules", "What each rule of validate checks, and the repair."),
 }

@@ -128,7 +128,7 @@ def kl_plot(document: Mapping[str, Any]) -> Plot:
     """Return the histogram of KL by decade."""
     rows = dict(document["logits"]["kl_histogram"])
     caption = f"{sum(rows.values()):,} positions, by the power of ten below their KL"
-    labels = list(rows)
+    labels = [label.replace("-", "\u2212") for label in rows]  # a minus does not break a line
     return histogram(
         "KL", caption, rows, [label if i % 2 == 0 else "" for i, label in enumerate(labels)]
     )

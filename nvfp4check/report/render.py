@@ -215,6 +215,32 @@ def _kernels_list_markdown(document: Document, extras: Extras) -> str:
     return kernels_list_text(document, "github")
 
 
+def _power_text(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.power_text import power_text
+
+    return power_text(document)
+
+
+def _power_markdown(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.power_text import power_markdown
+
+    return power_markdown(document)
+
+
+def _power_html(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.page import render_page
+    from nvfp4check.report.power_text import RULE_HEADERS, fault_rows, rule_rows, summary
+
+    return render_page(
+        "power.html.j2",
+        document=document,
+        summary=summary(document),
+        faults=list(fault_rows(document["faults"])),
+        rule_headers=RULE_HEADERS,
+        rules=rule_rows(document["rules"]),
+    )
+
+
 def _golden_text(document: Document, extras: Extras) -> str:
     from nvfp4check.report.golden_text import golden_text
 
@@ -294,6 +320,52 @@ def _agree_junit(document: Document, extras: Extras) -> str:
     return agree_junit(document)
 
 
+def _release_text(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.release_text import release_text
+
+    return release_text(document)
+
+
+def _release_markdown(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.release_text import release_text
+
+    return release_text(document, "github")
+
+
+def _release_html(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.release_text import release_html
+
+    return release_html(document)
+
+
+def _report_text(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.joined_html import joined_text
+
+    return joined_text(document)
+
+
+def _report_markdown(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.joined_html import joined_text
+
+    return joined_text(document, "github")
+
+
+def _report_html(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.joined_html import joined_html
+
+    def shown(format: Format) -> Callable[[Document], str | None]:
+        def as_format(one: Document) -> str | None:
+            renderer = _RENDERERS.get((kind_of_document(one), format))
+            return renderer(one, extras) if renderer is not None else None
+
+        return as_format
+
+    def text(one: Document) -> str:
+        return shown(Format.TEXT)(one) or json.dumps(one, indent=1)
+
+    return joined_html(document, shown(Format.HTML), text)
+
+
 def _capture_text(document: Document, extras: Extras) -> str:
     from nvfp4check.report.capture_text import capture_text
 
@@ -321,6 +393,9 @@ _RENDERERS: dict[tuple[str, Format], Renderer] = {
     ("kernels-list", Format.TEXT): _kernels_list_text,
     ("kernels-list", Format.MARKDOWN): _kernels_list_markdown,
     ("kernels-list", Format.HTML): _kernels_list_html,
+    ("power", Format.TEXT): _power_text,
+    ("power", Format.MARKDOWN): _power_markdown,
+    ("power", Format.HTML): _power_html,
     ("rules", Format.TEXT): _rules_text,
     ("rules", Format.MARKDOWN): _rules_markdown,
     ("rules", Format.HTML): _rules_html,
@@ -335,6 +410,12 @@ _RENDERERS: dict[tuple[str, Format], Renderer] = {
     ("agree", Format.MARKDOWN): _agree_markdown,
     ("agree", Format.HTML): _agree_html,
     ("agree", Format.JUNIT): _agree_junit,
+    ("release", Format.TEXT): _release_text,
+    ("release", Format.MARKDOWN): _release_markdown,
+    ("release", Format.HTML): _release_html,
+    ("report", Format.TEXT): _report_text,
+    ("report", Format.MARKDOWN): _report_markdown,
+    ("report", Format.HTML): _report_html,
     ("capture", Format.TEXT): _capture_text,
     ("capture", Format.MARKDOWN): _capture_markdown,
     ("golden", Format.TEXT): _golden_text,

@@ -1,0 +1,175 @@
+"""`nvfp4check release CKPT --base BASE --out DIR`: the whole gate in one command."""
+
+import sys
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nvfp4check.cli.command import command, make_app
+from nvfp4check.cli.exit_codes import ExitCode
+from nvfp4check.cli.options import (
+    CheckpointArgument,
+    OutputOption,
+    PlainFormatOption,
+    chosen_format,
+    require_writable,
+    write,
+)
+from nvfp4check.report.render import render
+
+if TYPE_CHECKING:
+    from nvfp4check.release import State, Step
+
+app = make_app()
+
+
+class Kept(StrEnum):
+    """Which points of each layer are kept."""
+
+    NONE = "none"
+    HIDDEN = "hidden"
+    ALL = "all"
+
+
+@command(
+    app,
+    examples=(
+        "nvfp4check release ./model --base ./model-fp8 --out gate --max-kl 0.05 --min-top1 0.9",
+        "nvfp4check release ./model --base ./model-fp8 --prompts p.jsonl --out gate --resume",
+        "nvfp4check release ./model --base ./model-fp8 --out gate --plan",
+    ),
+)
+def release(
+    checkpoint: CheckpointArgument,
+    base: Annotated[
+        str,
+        typer.Option(metavar="CKPT", help="What it was quantised from.", show_default=False),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(metavar="DIR", help="Where runs and results go.", show_default=False),
+    ],
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help='JSON lines with "id" and "text" or "tokens". [default: the model card\'s four]',
+            show_default=False,
+        ),
+    ] = None,
+    card: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The model card to check.", show_default=False),
+    ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(metavar="NATS", help="Limit on the mean KL.", show_default=False),
+    ] = None,
+    min_top1: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE", min=0, max=1, help="Limit on top-1 agreement.", show_default=False
+        ),
+    ] = None,
+    noise: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Runs of the base with noise on it.")
+    ] = 2,
+    split: Annotated[
+        bool,
+        typer.Option("--split", help="Also run with the base's experts, to split KL."),
+    ] = False,
+    activations: Annotated[Kept, typer.Option(help="Points of each layer to compare.")] = (
+        Kept.HIDDEN
+    ),
+    logits: Annotated[
+        str, typer.Option(metavar="KEEP", help="full, topk:N, or hidden (the state before them).")
+    ] = "full",
+    jobs: Annotated[int, typer.Option(metavar="N", min=1, help="Processes that read bytes.")] = 1,
+    max_memory: Annotated[
+        float, typer.Option(metavar="GIB", min=0.1, help="Memory a forward takes at most, in GiB.")
+    ] = 4.0,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, or cuda.")] = "cpu",
+    allow_skips: Annotated[
+        bool,
+        typer.Option("--allow-skips", help="Exit with 0 though something could not be checked."),
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the gate in --out.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print the commands of the steps and run none.")
+    ] = False,
+    format: PlainFormatOption = None,
+    output: OutputOption = None,
+) -> int:
+    """Validate with audit and card, compute base and candidate, compare, and write one page.
+
+    Each step is a command that also runs alone: --plan prints them. The exit code is that of the
+    worst step: 1, then 2, then 3. Without a limit on logits the comparison is undecided.
+    """
+    from nvfp4check.release import ReleaseOptions, begin
+    from nvfp4check.release import plan as make_plan
+
+    options = ReleaseOptions(
+        checkpoint=checkpoint,
+        base=base,
+        out=out,
+        prompts=prompts,
+        card=card,
+        activations=activations.value,
+        logits=logits,
+        max_kl=max_kl,
+        min_top1=min_top1,
+        noise=noise,
+        split=split,
+        jobs=jobs,
+        max_memory=max_memory,
+        device=device,
+        allow_skips=allow_skips,
+    )
+    steps = make_plan(options)
+    if plan:
+        write("".join(f"{step.command}\n" for step in steps), output)
+        return ExitCode.HOLDS
+    require_writable(output)
+    state = begin(options, resume=resume)
+    *computed, page = steps
+    for step in computed:
+        if not state.done(step) and _run(step, state) == ExitCode.INTERRUPTED:
+            return ExitCode.INTERRUPTED
+    state.write()
+    if (code := _run_page(page, state)) != ExitCode.HOLDS:
+        return code
+    write(render(state.document(), chosen_format(format, output)), output)
+    return state.code
+
+
+def _run_page(step: "Step", state: "State") -> int:
+    """Write the page of what there is; return the exit code."""
+    from nvfp4check.cli.main import main
+
+    command, *files = step.argv
+    there = [part for part in files if not part.endswith(".json") or Path(part).is_file()]
+    return main([command, str(state.path), *there])
+
+
+def _run(step: "Step", state: "State") -> int | None:
+    """Run one step and keep how it ended; return its exit code, None where it was not run."""
+    from nvfp4check.cli.main import main
+
+    lacking = [name for name in step.needs if state.steps.get(name, {}).get("code") != 0]
+    if lacking:
+        why = f"{lacking[0]} did not come about"
+        state.record(step, None, 0.0, why)
+        print(f"nvfp4check release: {step.name} not run: {why}", file=sys.stderr)
+        return None
+    argv = list(step.argv)
+    if step.run is not None and step.run.exists():
+        argv.append("--resume")
+    print(f"nvfp4check release: {step.name}", file=sys.stderr)
+    start = time.perf_counter()
+    code = main(argv)
+    if code != ExitCode.INTERRUPTED:
+        state.record(step, code, time.perf_counter() - start)
+    return code
