@@ -1,25 +1,33 @@
 """The byte pass over a checkpoint: which weights are read, by whom, and what was finished before.
 
 Weights are read in the order in which they lie in their shards, in work items of some 64 MiB.
-Each item maps its shards anew and lets go of them, so that what is resident stays bounded whatever
-the size of the checkpoint. What an item found is written to the journal at once.
+Each item maps its shards anew and lets go of them, or reads a little ahead over the network, so
+that what is resident stays bounded whatever the size of the checkpoint. What an item found is
+written to the journal at once.
 
 Sampling chooses groups, not weights: the linears of one attention, MLP or expert are read together
 or not at all, for engines fuse them and rules compare them.
 """
 
-import copy
 import math
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from nvfp4check.checkpoint.ahead import Ahead
 from nvfp4check.checkpoint.journal import Journal
 from nvfp4check.checkpoint.naming import LogicalWeight, Part, WeightFormat
 from nvfp4check.checkpoint.opening import Checkpoint
-from nvfp4check.checkpoint.scan import WeightScan, scan, why_not_scannable
-from nvfp4check.checkpoint.storage import StorageError
+from nvfp4check.checkpoint.scan import (
+    WeightScan,
+    ranges_of,
+    scan,
+    why_not_scannable,
+    with_new_maps,
+)
+from nvfp4check.checkpoint.storage import LocalStorage, StorageError
 from nvfp4check.engine import Engine
 from nvfp4check.findings import CheckError
 
@@ -173,12 +181,22 @@ def _scan_item(weights: Sequence[LogicalWeight]) -> list[WeightScan]:
     """Scan the weights of one work item."""
     if _checkpoint is None:
         raise RuntimeError("the worker was not prepared")
-    # A copied storage has no maps yet, and takes those it makes with it.
-    mapped = replace(_checkpoint, storage=copy.copy(_checkpoint.storage))
     found = []
-    for weight in weights:
-        try:
-            found.append(scan(mapped, weight))
-        except StorageError as error:
-            raise CheckError(f"{weight.name}: its bytes cannot be read: {error}") from error
+    with _opened(_checkpoint, weights) as opened:
+        for weight in weights:
+            try:
+                found.append(scan(opened, weight))
+            except StorageError as error:
+                raise CheckError(f"{weight.name}: its bytes cannot be read: {error}") from error
     return found
+
+
+@contextmanager
+def _opened(checkpoint: Checkpoint, weights: Sequence[LogicalWeight]) -> Iterator[Checkpoint]:
+    """Give the checkpoint with maps that go when this item is done, or with reading ahead."""
+    if isinstance(checkpoint.storage, LocalStorage):
+        yield with_new_maps(checkpoint)
+        return
+    plan = [part for weight in weights for part in ranges_of(weight)]
+    with Ahead(checkpoint.storage, plan) as storage:
+        yield replace(checkpoint, storage=storage)

@@ -24,16 +24,15 @@ SCHEMA = "nvfp4check/journal/1"
 def fingerprint(checkpoint: Checkpoint) -> str:
     """Name the state of a checkpoint's shards, and the tool that reads them.
 
-    Names, sizes and times of change are in it, and no content: to hash that would be the pass
-    itself.
+    Names, sizes and times of change (or a server's tags) are in it, and no content: to hash that
+    would be the pass itself.
     """
-    root = Path(checkpoint.location).absolute()
+    root = checkpoint.location
+    if "://" not in root:
+        root = str(Path(root).absolute())
     digest = hashlib.sha256(f"{__version__}\n{root}\n".encode("utf-8", "surrogateescape"))
     for name in sorted(checkpoint.shards):
-        try:
-            changed = (root / name).stat().st_mtime_ns
-        except OSError:  # not a local file
-            changed = 0
+        changed = checkpoint.storage.version(name)
         digest.update(f"{name}\0{checkpoint.files.get(name)}\0{changed}\n".encode())
     return digest.hexdigest()
 

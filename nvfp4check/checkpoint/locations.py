@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from nvfp4check.checkpoint.remote import FsspecStorage, HttpStorage
+from nvfp4check.checkpoint.remote_fsspec import FsspecStorage
+from nvfp4check.checkpoint.remote_http import HttpStorage
+from nvfp4check.checkpoint.remote_hub import HubStorage
 from nvfp4check.checkpoint.storage import LocalStorage, Storage
 
 
@@ -15,6 +17,8 @@ def open_storage(location: str | Path) -> Storage:
     text = str(location)
     if text.startswith(("http://", "https://")):
         return HttpStorage(text)
+    if text.startswith("hf://") and not text.startswith("hf://buckets/"):
+        return HubStorage(text)
     if "://" in text:
         return FsspecStorage(text)
     return LocalStorage(location)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 GENERATION_CONFIG = "generation_config.json"
 _CONNECTIONS = 8
+_SCALAR_BYTES = 8
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
@@ -134,6 +135,11 @@ class Checkpoint:
         Raises:
             ValueError: the tensor has another number of elements, or another dtype.
         """
+        header = self.shards.get(entry.shard)
+        if header is not None and self.storage.view(entry.shard) is None:
+            # Each would wait for the network by itself.
+            scalars = (other for other in header.entries if other.nbytes <= _SCALAR_BYTES)
+            self.storage.gather(entry.shard, ((other.start, other.stop) for other in scalars))
         return scalar_of(self.tensor_bytes(entry), entry)
 
 

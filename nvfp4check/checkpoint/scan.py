@@ -5,7 +5,8 @@ Contract:
     values   code * block scale * global scale, without the rounding of the product; blocks
              whose scale is NaN are left out of `mean`, `rms` and `sd` and counted by themselves
 
-Mapped memory is read in pieces of a few MiB, never copied; a second look at a weight is taken
+Mapped memory is read in pieces of a few MiB, never copied, and codes that come over a network in
+pieces of that size too, one in memory at a time; a second look at a weight is taken
 only where the first one saw a defect.
 """
 
@@ -20,6 +21,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from nvfp4check.checkpoint.ahead import FileRange, RangedBytes, pieces_of
 from nvfp4check.checkpoint.naming import LogicalWeight, Part, WeightFormat
 from nvfp4check.checkpoint.opening import Checkpoint
 from nvfp4check.checkpoint.scan_locate import BlockDefects, Spot, locate
@@ -32,6 +34,7 @@ from nvfp4check.checkpoint.scan_tally import (
     is_nan_scale,
 )
 from nvfp4check.checkpoint.scan_tiling import Tiling, tiling_of
+from nvfp4check.checkpoint.storage import LocalStorage
 
 BLOCK = 2 * CODE_BYTES
 #: Blocks read at a time: 4 MiB of codes.
@@ -174,21 +177,39 @@ def scan(
     why = why_not_scannable(weight)
     if why is not None:
         raise ValueError(f"{weight.name}: {why}")
-    codes = checkpoint.tensor_bytes(weight.parts[Part.CODES])
+    entry = weight.parts[Part.CODES]
+    codes: Bytes | RangedBytes
+    if checkpoint.storage.view(entry.shard) is None:
+        codes = RangedBytes(checkpoint.storage, entry)
+    else:
+        codes = checkpoint.tensor_bytes(entry)
     scales = checkpoint.tensor_bytes(weight.parts[Part.BLOCK_SCALES])
     return scan_bytes(weight.name, codes, scales, weight.shape[-1] // BLOCK, counter)
+
+
+def ranges_of(weight: LogicalWeight) -> list[FileRange]:
+    """List the ranges in which `scan` reads a weight whose files are not mapped, in order."""
+    scales = weight.parts[Part.BLOCK_SCALES]
+    whole = FileRange(scales.shard, scales.start, scales.stop)
+    return [whole, *pieces_of(weight.parts[Part.CODES])]
 
 
 def with_new_maps(checkpoint: Checkpoint) -> Checkpoint:
     """Return the same checkpoint with maps of its own, which go when it goes.
 
-    Pages read through a map stay resident as long as the map does.
+    Pages read through a map stay resident as long as the map does. What is not mapped is as it is.
     """
+    if not isinstance(checkpoint.storage, LocalStorage):
+        return checkpoint
     return replace(checkpoint, storage=copy.copy(checkpoint.storage))
 
 
 def scan_bytes(
-    name: str, codes: Bytes, scales: Bytes, row_blocks: int, counter: Counter | None = None
+    name: str,
+    codes: Bytes | RangedBytes,
+    scales: Bytes,
+    row_blocks: int,
+    counter: Counter | None = None,
 ) -> WeightScan:
     """Count packed codes [8 * n] and scale bytes [n], `row_blocks` of them in a row."""
     count = counter or default_counter()

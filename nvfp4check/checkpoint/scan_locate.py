@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from nvfp4check.checkpoint.ahead import RangedBytes
 from nvfp4check.checkpoint.scan_tally import (
     CODE_BYTES,
     LOW_BITS,
@@ -49,7 +50,7 @@ class BlockDefects:
     underfilled: Spot = Spot()
 
 
-def locate(codes: Bytes, scales: Bytes) -> BlockDefects:
+def locate(codes: Bytes | RangedBytes, scales: Bytes) -> BlockDefects:
     """Count and find the defective blocks of packed codes [8 * n] and scale bytes [n]."""
     found = BlockDefects()
     for start in range(0, scales.size, _PIECE):

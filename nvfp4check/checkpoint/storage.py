@@ -7,6 +7,7 @@ directory: what would is listed as unsafe and never opened.
 import mmap
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +17,10 @@ from nvfp4check.findings import CheckError
 #: these limits is no checkpoint.
 _MAX_DEPTH = 4
 _MAX_FILES = 100_000
+
+
+#: The first byte, and the one after the last.
+Range = tuple[int, int]
 
 
 class StorageError(Exception):
@@ -53,6 +58,18 @@ class Storage(Protocol):
         Raises:
             StorageError: the file is there but cannot be mapped.
         """
+        ...
+
+    def gather(self, name: str, ranges: Iterable[Range]) -> None:
+        """Hear of small ranges of a file that will be read; what waits for a network reads them.
+
+        Raises:
+            StorageError: they cannot be read.
+        """
+        ...
+
+    def version(self, name: str) -> str:
+        """Say what changes when the file does, as far as that is known without reading it."""
         ...
 
 
@@ -211,6 +228,16 @@ class LocalStorage:
                 raise StorageError(f"{name}: cannot be mapped: {error}") from error
             self._maps[name] = memoryview(mapped)
         return self._maps[name]
+
+    def gather(self, name: str, ranges: Iterable[Range]) -> None:
+        """Do nothing: here no read waits."""
+
+    def version(self, name: str) -> str:
+        """The file's time of change, in nanoseconds."""
+        try:
+            return str((self._root / name).stat().st_mtime_ns)
+        except OSError:
+            return ""
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_maps": {}}

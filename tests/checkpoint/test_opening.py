@@ -93,8 +93,9 @@ def test_a_scalar_of_many_elements_or_of_integers_is_an_error(golden: SimpleName
     with pytest.raises(ValueError, match=r"shape \[256\], expected one element"):
         checkpoint.scalar(checkpoint.tensors[NORM])
     entry = TensorEntry("x", "U8", (), NORM, 0, 1)
+    stub = SimpleNamespace(shards={}, tensor_bytes=lambda _: np.zeros(1, np.uint8))
     with pytest.raises(ValueError, match="dtype U8"):
-        Checkpoint.scalar(SimpleNamespace(tensor_bytes=lambda _: np.zeros(1, np.uint8)), entry)  # type: ignore[arg-type]
+        Checkpoint.scalar(stub, entry)  # type: ignore[arg-type]
 
 
 def test_codes_of_four_bits_stay_packed(tmp_path: Path) -> None:

@@ -1,0 +1,248 @@
+"""What is read over a network is found to be what is read from disk."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import fsspec
+import numpy as np
+import pytest
+
+from nvfp4check.checkpoint.ahead import AHEAD_BYTES, PIECE_BYTES, Ahead, FileRange, RangedBytes
+from nvfp4check.checkpoint.editing import CheckpointEditor
+from nvfp4check.checkpoint.header import TensorEntry
+from nvfp4check.checkpoint.inspection import inspect
+from nvfp4check.checkpoint.opening import Checkpoint, open_checkpoint
+from nvfp4check.checkpoint.remote import Retry
+from nvfp4check.checkpoint.storage import LocalStorage, StorageError
+from nvfp4check.checkpoint.validation import ValidationOptions, validate
+from nvfp4check.findings import CheckError
+
+SHARD = "model-00001-of-000002.safetensors"
+EXPERT = "model.layers.1.mlp.experts.3.up_proj"
+
+
+def found_in(checkpoint: Checkpoint, **options: object) -> str:
+    """The whole document, without the place and the time."""
+    document = validate(checkpoint, ValidationOptions(**options)).to_json()  # type: ignore[arg-type]
+    document["checkpoint"].pop("location")
+    document.pop("seconds")
+    return json.dumps(document)
+
+
+def hasty(location: str) -> Checkpoint:
+    checkpoint = open_checkpoint(location)
+    checkpoint.storage._retry = Retry(sleep=lambda delay: None)  # type: ignore[attr-defined]
+    return checkpoint
+
+
+@pytest.fixture
+def damaged(clone: CheckpointEditor) -> Path:
+    """A copy with defects of every kind of rule on bytes: blocks, scales, scalars, copies."""
+    clone.raw(f"{EXPERT}.weight_scale")[0, 0] = 0x7F
+    clone.raw(f"{EXPERT}.weight_scale")[2, 1] = 0x00
+    clone.set_scalar(f"{EXPERT}.weight_scale_2", 0.0)
+    clone.raw("model.layers.1.mlp.experts.2.up_proj.weight")[:] = 0
+    return Path(clone.path)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_damaged_checkpoint_has_the_same_findings_over_http(
+    serve: Callable[[Path], SimpleNamespace],
+    damaged: Path,
+    jobs: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("nvfp4check.checkpoint.byte_pass._ITEM_BYTES", 50_000)
+    local = found_in(open_checkpoint(damaged))
+    assert {"NV201", "NV301"} <= {finding["rule"] for finding in json.loads(local)["findings"]}
+    assert found_in(open_checkpoint(serve(damaged).url), jobs=jobs) == local
+
+
+@pytest.mark.parametrize("form", ["nvfp4", "nvfp4_raw", "ct", "fp8", "bf16"])
+def test_every_golden_has_the_same_findings_over_http(
+    serve: Callable[[Path], SimpleNamespace], golden: SimpleNamespace, form: str
+) -> None:
+    directory = getattr(golden, form)
+    assert found_in(open_checkpoint(serve(directory).url)) == found_in(open_checkpoint(directory))
+
+
+def test_a_hub_and_an_object_store_give_the_same_findings(
+    hub: SimpleNamespace, golden: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr("nvfp4check.checkpoint.byte_pass._ITEM_BYTES", 50_000)
+    local = found_in(open_checkpoint(golden.nvfp4))
+    assert found_in(open_checkpoint("hf://org/name@v1"), jobs=2) == local
+    system = fsspec.filesystem("memory")
+    for path in golden.nvfp4.iterdir():
+        system.pipe_file(f"/same/{path.name}", path.read_bytes())
+    assert found_in(open_checkpoint("memory://same")) == local
+    system.rm("/same", recursive=True)
+
+
+def test_a_network_with_every_passing_fault_changes_nothing(
+    serve: Callable[[Path], SimpleNamespace], damaged: Path
+) -> None:
+    server = serve(damaged)
+    checkpoint = hasty(server.url)
+    server.faults = ["dropped", 429, None, "short", 503, None, None, "long", "date", "dropped"] * 4
+    assert found_in(checkpoint) == found_in(open_checkpoint(damaged))
+    assert server.faults == []
+
+
+@pytest.mark.parametrize("fault", [503, "dropped", "short", "shifted", "whole", 403])
+def test_a_network_that_stays_broken_ends_the_run_and_finds_no_fault_in_the_checkpoint(
+    server: SimpleNamespace, fault: int | str
+) -> None:
+    checkpoint = hasty(server.url)
+    server.faults = [fault] * 999
+    with pytest.raises(CheckError, match=server.url):
+        validate(checkpoint)
+
+
+def test_a_network_that_breaks_while_opening_is_no_fault_of_the_checkpoint(
+    server: SimpleNamespace,
+) -> None:
+    server.faulty = lambda path, span: SHARD in path and span != "bytes=0-0"
+    server.faults = [403] * 99
+    with pytest.raises(CheckError, match="status 403"):
+        open_checkpoint(server.url)
+
+
+def test_no_byte_of_a_weight_is_read_twice(server: SimpleNamespace) -> None:
+    checkpoint = open_checkpoint(server.url)
+    before = server.sent
+    validate(checkpoint)
+    assert server.sent - before <= 1.25 * checkpoint.nbytes
+
+
+def test_inspect_is_the_same_over_http(server: SimpleNamespace, golden: SimpleNamespace) -> None:
+    remote = inspect(open_checkpoint(server.url)).to_json()
+    local = inspect(open_checkpoint(golden.nvfp4)).to_json()
+    assert remote.pop("location") != local.pop("location")
+    assert remote == local
+
+
+def test_the_command_line_checks_a_url_and_says_when_it_cannot(
+    server: SimpleNamespace,
+) -> None:
+    command = [sys.executable, "-m", "nvfp4check", "validate"]
+    sound = subprocess.run(
+        [*command, server.url, "--jobs", "2"], capture_output=True, text=True, check=False
+    )
+    assert (sound.returncode, sound.stderr) == (0, "")
+    gone = subprocess.run(
+        [*command, "http://127.0.0.1:9/model"], capture_output=True, text=True, check=False
+    )
+    assert gone.returncode == 2
+    assert "no answer" in gone.stderr
+    assert "Traceback" not in gone.stderr
+
+
+class Counted:
+    """A storage of made-up bytes that knows how much was asked for and not yet taken."""
+
+    location = "counted"
+    unsafe: dict[str, str] = {}  # noqa: RUF012  (the protocol's attribute)
+
+    def __init__(self) -> None:
+        self.reads: list[tuple[int, int]] = []
+
+    def list(self) -> dict[str, int]:
+        return {"shard": 1 << 40}
+
+    def view(self, name: str) -> memoryview | None:
+        return None
+
+    def version(self, name: str) -> str:
+        return "1"
+
+    def gather(self, name: str, ranges: object) -> None:
+        """Nothing waits here."""
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        self.reads.append((start, stop))
+        if start == 13 << 20:
+            raise StorageError("torn")
+        return bytes([start >> 20 & 0xFF]) * (stop - start)
+
+
+def test_reading_ahead_gives_the_bytes_and_never_runs_far() -> None:
+    counted = Counted()
+    plan = [FileRange("shard", at << 20, (at + 1) << 20) for at in range(100, 200)]
+    with Ahead(counted, plan) as ahead:
+        for taken, part in enumerate(plan):
+            assert ahead.read("shard", part.start, part.stop)[:1] == bytes([part.start >> 20])
+            assert len(counted.reads) <= taken + 1 + (AHEAD_BYTES >> 20)
+    assert sorted(counted.reads) == [(part.start, part.stop) for part in plan]
+
+
+def test_reading_ahead_passes_over_what_is_not_taken_and_reads_what_is_not_planned() -> None:
+    counted = Counted()
+    plan = [FileRange("shard", at << 20, (at + 1) << 20) for at in range(20)]
+    with Ahead(counted, plan) as ahead:
+        assert ahead.read("shard", 5 << 20, 6 << 20)[:1] == b"\x05"
+        assert ahead.read("shard", 300 << 20, (300 << 20) + 1) == bytes([300 & 0xFF])
+        with pytest.raises(StorageError, match="torn"):
+            ahead.read("shard", 13 << 20, 14 << 20)
+        assert ahead.read("shard", 19 << 20, 20 << 20)[:1] == b"\x13"
+
+
+def test_slices_of_a_tensor_that_is_read_in_pieces_are_its_bytes(tmp_path: Path) -> None:
+    size = 2 * PIECE_BYTES + 1000
+    data = np.random.default_rng(0).integers(0, 256, size + 20, np.uint8)
+    (tmp_path / "shard").write_bytes(data.tobytes())
+    tensor = data[7 : 7 + size]
+    entry = TensorEntry("x", "U8", (size,), "shard", 7, 7 + size)
+    ranged = RangedBytes(LocalStorage(tmp_path), entry)
+    edges = [0, 1, PIECE_BYTES - 1, PIECE_BYTES, PIECE_BYTES + 1, 2 * PIECE_BYTES, size - 1, size]
+    assert ranged.size == size
+    for start in edges:
+        for stop in edges:
+            assert ranged[start:stop].tobytes() == tensor[start:stop].tobytes()
+    assert ranged[5:].tobytes() == tensor[5:].tobytes()
+    with pytest.raises(ValueError, match="contiguous"):
+        ranged[::2]
+
+
+def test_a_huge_weight_is_never_in_memory(
+    serve: Callable[[Path], SimpleNamespace], tmp_path: Path
+) -> None:
+    header = {
+        "model.layers.0.mlp.up_proj.weight": ("U8", [65536, 4096]),
+        "model.layers.0.mlp.up_proj.weight_scale": ("F8_E4M3", [65536, 512]),
+        "model.layers.0.mlp.up_proj.weight_scale_2": ("F32", []),
+    }
+    entries, at = {}, 0
+    for name, (dtype, shape) in header.items():
+        nbytes = int(np.prod(shape)) * (4 if dtype == "F32" else 1)
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + nbytes]}
+        at += nbytes
+    raw = json.dumps(entries).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + at)
+    script = """
+        import resource, sys
+        from nvfp4check.checkpoint.opening import open_checkpoint
+        from nvfp4check.checkpoint.validation import ValidationOptions, validate
+        checkpoint = open_checkpoint(sys.argv[1])
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        result = validate(checkpoint, ValidationOptions(select=("NV2", "NV4")))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(result.coverage.bytes_checked, (peak - before) << 10)
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), serve(tmp_path).url],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    read, grown = map(int, run.stdout.split())
+    assert read == 288 * (1 << 20) + 4
+    assert grown < 160 << 20

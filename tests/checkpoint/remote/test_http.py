@@ -1,0 +1,389 @@
+import pickle
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from nvfp4check.checkpoint.documents import MAX_JSON_BYTES, read_json
+from nvfp4check.checkpoint.opening import open_checkpoint
+from nvfp4check.checkpoint.remote import Retry
+from nvfp4check.checkpoint.remote_http import HttpStorage, Timeouts
+from nvfp4check.checkpoint.storage import StorageError
+from nvfp4check.findings import CheckError
+
+SHARD = "model-00001-of-000002.safetensors"
+CONFIG = "config.json"
+
+
+def patient(delays: list[float], attempts: int = 4) -> Retry:
+    return Retry(attempts=attempts, first_delay=1.0, sleep=delays.append)
+
+
+def opened(server: SimpleNamespace, delays: list[float] | None = None) -> HttpStorage:
+    """A storage whose sizes are known, so that faults hit reads."""
+    storage = HttpStorage(server.url, patient([] if delays is None else delays))
+    storage.list()
+    return storage
+
+
+def test_a_checkpoint_behind_a_web_server_is_the_local_one(
+    server: SimpleNamespace, golden: SimpleNamespace
+) -> None:
+    remote, local = open_checkpoint(server.url), open_checkpoint(golden.nvfp4)
+    assert remote.tensors == local.tensors
+    assert remote.quantization == local.quantization
+    assert remote.json_problems == []
+    entry = remote.tensors["model.layers.1.mlp.experts.3.up_proj.weight_scale"]
+    assert remote.tensor_bytes(entry).tobytes() == local.tensor_bytes(entry).tobytes()
+
+
+def test_opening_downloads_headers_and_json_only(server: SimpleNamespace) -> None:
+    checkpoint = open_checkpoint(server.url)
+    headers = sum(header.data_start for header in checkpoint.shards.values())
+    json = sum(size for name, size in checkpoint.files.items() if name.endswith(".json"))
+    assert server.sent <= headers + json + len(checkpoint.files)
+    assert server.sent < checkpoint.nbytes / 10
+
+
+@pytest.mark.parametrize("fault", [408, 429, 500, 502, 503, 504])
+def test_a_busy_server_is_given_the_time_it_asks_for(
+    server: SimpleNamespace, golden: SimpleNamespace, fault: int
+) -> None:
+    delays: list[float] = []
+    storage = opened(server, delays)
+    server.faults = [fault, fault]
+    assert storage.read(SHARD, 5, 500) == (golden.nvfp4 / SHARD).read_bytes()[5:500]
+    assert delays == [7.0, 7.0]
+
+
+def test_a_date_to_come_back_at_is_understood(server: SimpleNamespace) -> None:
+    delays: list[float] = []
+    storage = opened(server, delays)
+    server.faults = ["date"]
+    storage.read(SHARD, 5, 500)
+    assert len(delays) == 1
+    assert 20 < delays[0] <= 30
+
+
+@pytest.mark.parametrize("fault", ["dropped", "short", "long", "silent"])
+def test_an_answer_that_breaks_off_or_has_the_wrong_length_is_asked_for_again(
+    server: SimpleNamespace, golden: SimpleNamespace, fault: str
+) -> None:
+    delays: list[float] = []
+    storage = opened(server, delays)
+    server.faults = [fault, fault]
+    before = server.sent
+    assert storage.read(SHARD, 5, 5000) == (golden.nvfp4 / SHARD).read_bytes()[5:5000]
+    assert delays == [1.0, 2.0]
+    if fault == "long":
+        assert server.sent - before == 2 * (4995 + 100_000) + 4995
+
+
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [
+        (503, "status 503, after 4 attempts"),
+        ("dropped", "broke off: .*after 4 attempts"),
+        ("short", "Content-Length is 94, expected 95, after 4 attempts; run again later"),
+        ("long", "Content-Length is 100095, expected 95, after 4 attempts"),
+    ],
+)
+def test_a_failure_that_stays_is_an_error_with_its_reason(
+    server: SimpleNamespace, fault: int | str, why: str
+) -> None:
+    storage = opened(server)
+    server.faults = [fault] * 9
+    with pytest.raises(CheckError, match=why):
+        storage.read(SHARD, 5, 100)
+
+
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [
+        ("whole", "answered a range request with the whole file"),
+        ("shifted", "expected it to begin at 10 and end at 99"),
+        ("no range", "expected it to begin at 10"),
+        ("grown", "bytes, and had [0-9,]+ before"),
+        ("gzip", "came as 'gzip'"),
+        (401, "status 401; it needs a login"),
+        (403, "status 403; it needs a login"),
+        (418, "status 418, expected 206"),
+    ],
+)
+def test_a_server_that_cannot_be_relied_on_is_not_tried_again(
+    server: SimpleNamespace, fault: int | str, why: str
+) -> None:
+    delays: list[float] = []
+    storage = opened(server, delays)
+    server.faults = [fault]
+    with pytest.raises(CheckError, match=why):
+        storage.read(SHARD, 10, 100)
+    assert delays == []
+
+
+def test_a_whole_file_in_place_of_a_range_is_not_downloaded(
+    serve: Callable[[Path], SimpleNamespace], tmp_path: Path
+) -> None:
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(200 << 20)
+    server = serve(tmp_path)
+    storage = opened(server)
+    server.faults = ["whole"]
+    with pytest.raises(CheckError, match="download the checkpoint instead"):
+        storage.read("model.safetensors", 10, 100)
+    time.sleep(0.2)
+    assert server.sent < 32 << 20  # what fits into the buffers of the two sockets
+
+
+def test_a_server_without_ranges_is_refused_when_opening(server: SimpleNamespace) -> None:
+    server.faulty = lambda path, span: True
+    server.faults = ["whole"] * 99
+    with pytest.raises(CheckError, match="with the whole file"):
+        open_checkpoint(server.url)
+
+
+def test_a_file_that_another_one_replaces_is_noticed(server: SimpleNamespace) -> None:
+    storage = opened(server)
+    storage.read(SHARD, 0, 8)
+    server.etags[SHARD] = '"another"'
+    with pytest.raises(CheckError, match="another file by now"):
+        storage.read(SHARD, 8, 16)
+    server.etags[SHARD] = 'W/"weak"'
+    storage.read(SHARD, 8, 16)
+    assert storage.version(SHARD).startswith('"')
+
+
+def test_a_file_that_is_gone_is_the_fault_of_the_checkpoint(
+    serve: Callable[[Path], SimpleNamespace], tmp_path: Path
+) -> None:
+    (tmp_path / CONFIG).write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    storage = opened(serve(tmp_path))
+    assert storage.list() == {CONFIG: 2, "model.safetensors": 0}
+    (tmp_path / CONFIG).unlink()
+    with pytest.raises(StorageError, match="not there"):
+        storage.read(CONFIG, 0, 2)
+    with pytest.raises(StorageError, match="the file has 0 bytes"):
+        storage.read("model.safetensors", 0, 8)
+    (tmp_path / CONFIG).write_text("")
+    with pytest.raises(StorageError, match="is empty, expected 2 bytes"):
+        storage.read(CONFIG, 0, 2)
+
+
+def test_a_long_read_is_several_requests_and_one_of_them_may_fail(
+    serve: Callable[[Path], SimpleNamespace], tmp_path: Path
+) -> None:
+    data = np.arange(5 << 20, dtype="<u4").tobytes()
+    (tmp_path / "model.safetensors").write_bytes(data)
+    server = serve(tmp_path)
+    storage = opened(server)
+    server.faults = ["dropped"]
+    assert storage.read("model.safetensors", 3, len(data) - 3) == data[3:-3]
+    spans = [headers["Range"] for _, headers in server.requests]
+    assert len([span for span in spans if span != "bytes=0-0"]) == 3 + 1
+
+
+def test_small_ranges_are_gathered_in_few_requests(
+    server: SimpleNamespace, golden: SimpleNamespace
+) -> None:
+    storage = opened(server)
+    before = len(server.requests)
+    ranges = [(start, start + 4) for start in range(400, 4000, 40)]
+    storage.gather(SHARD, ranges)
+    storage.gather(SHARD, ranges)
+    data = (golden.nvfp4 / SHARD).read_bytes()
+    assert [storage.read(SHARD, *part) for part in ranges] == [data[a:b] for a, b in ranges]
+    assert len(server.requests) == before + 1
+
+
+def test_the_scalars_of_a_shard_come_together(server: SimpleNamespace) -> None:
+    checkpoint = open_checkpoint(server.url)
+    scalars = [entry for entry in checkpoint.tensors.values() if entry.nbytes == 4]
+    before = len(server.requests)
+    local = open_checkpoint(server.directory)
+    assert [checkpoint.scalar(entry) for entry in scalars] == [
+        local.scalar(local.tensors[entry.name]) for entry in scalars
+    ]
+    assert len(scalars) > 20
+    assert len(server.requests) - before <= len(checkpoint.shards)
+
+
+def test_connections_are_used_again(server: SimpleNamespace) -> None:
+    storage = opened(server)
+    accepted: list[object] = []
+    process = server.process_request
+    server.process_request = lambda *args: (accepted.append(args), process(*args))
+    for start in range(20):
+        storage.read(SHARD, start, start + 100)
+    assert len(accepted) <= 1
+
+
+def test_a_redirect_is_followed_and_remembered(
+    serve: Callable[[Path], SimpleNamespace], golden: SimpleNamespace
+) -> None:
+    first, second = serve(golden.nvfp4), serve(golden.nvfp4)
+    storage = opened(first)
+    first.faults = [f"{second.url}/{SHARD}"]
+    for start in range(5):
+        assert storage.read(SHARD, start, 90) == (golden.nvfp4 / SHARD).read_bytes()[start:90]
+    assert [path for path, _ in second.requests] == [f"/{SHARD}"] * 5
+    second.faults = [403]  # the address has run out: ask the first one again
+    assert storage.read(SHARD, 7, 90) == (golden.nvfp4 / SHARD).read_bytes()[7:90]
+    assert first.requests[-1][1]["Range"] == "bytes=7-89"
+
+
+def test_redirects_in_a_circle_end(server: SimpleNamespace) -> None:
+    storage = opened(server)
+    server.faults = [f"/{SHARD}"] * 99
+    with pytest.raises(CheckError, match="redirected more than 5 times"):
+        storage.read(SHARD, 0, 90)
+    assert len([1 for path, headers in server.requests if headers["Range"] == "bytes=0-89"]) == 6
+
+
+@pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://127.0.0.1/x", "data:,x"])
+def test_a_redirect_out_of_the_web_is_not_followed(server: SimpleNamespace, target: str) -> None:
+    storage = opened(server)
+    server.faults = [target]
+    with pytest.raises(CheckError, match="not followed"):
+        storage.read(SHARD, 0, 90)
+
+
+def test_a_server_that_trickles_is_given_up(server: SimpleNamespace) -> None:
+    storage = opened(server)
+    hasty = HttpStorage(
+        server.url, patient([], attempts=1), Timeouts(read=0.3, slowest=float(1 << 20))
+    )
+    hasty._files = storage.list()
+    server.faults = ["slow"]
+    begun = time.monotonic()
+    with pytest.raises(CheckError, match="came in time: too slow"):
+        hasty.read(SHARD, 0, 1000)
+    assert time.monotonic() - begun < 5
+
+
+def test_a_server_that_does_not_answer_is_given_up(server: SimpleNamespace) -> None:
+    storage = HttpStorage(server.url, patient([], attempts=2), Timeouts(read=0.2))
+    storage.list()
+    server.faults = ["silent", "silent"]
+    with pytest.raises(CheckError, match=r"timed out.*after 2 attempts"):
+        storage.read(SHARD, 0, 1000)
+
+
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """A port that nobody listens at."""
+    with closing(socket.socket()) as held:
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid"])
+def test_a_server_that_is_not_there_is_said_to_be_so_at_once(closed_port: int, host: str) -> None:
+    begun = time.monotonic()
+    with pytest.raises(CheckError, match=r"no answer: .*check the spelling of the address"):
+        open_checkpoint(f"http://{host}:{closed_port}")
+    assert time.monotonic() - begun < 3
+
+
+def test_a_server_that_was_there_is_waited_for(server: SimpleNamespace) -> None:
+    delays: list[float] = []
+    storage = opened(server, delays)
+    server.shutdown()
+    server.server_close()
+    storage._connections.managers.clear()
+    with pytest.raises(CheckError, match=r"no answer.*after 4 attempts; run again later"):
+        storage.read(SHARD, 0, 100)
+    assert delays == [1.0, 2.0, 4.0]
+
+
+def test_a_name_that_leads_out_is_not_asked_for(server: SimpleNamespace) -> None:
+    with pytest.raises(StorageError, match="not opened"):
+        HttpStorage(server.url).read("../config.json", 0, 1)
+    assert server.requests == []
+
+
+def test_an_index_leads_to_nothing_outside(
+    serve: Callable[[Path], SimpleNamespace], tmp_path: Path
+) -> None:
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (tmp_path / "outside.safetensors").write_bytes(b"secret")
+    names = ("../outside.safetensors", "file:///etc/passwd", "http://127.0.0.1:1/x", "/etc/passwd")
+    index = ", ".join(f'"t{place}": "{name}"' for place, name in enumerate(names))
+    (inside / "model.safetensors.index.json").write_text(f'{{"weight_map": {{{index}}}}}')
+    server = serve(tmp_path)
+    checkpoint = open_checkpoint(f"{server.url}/inside")
+    assert sorted(checkpoint.unsafe) == sorted(names)
+    assert {path.rpartition("/")[0] for path, _ in server.requests} == {"/inside"}
+
+
+def test_a_name_with_signs_of_a_url_is_a_name(
+    serve: Callable[[Path], SimpleNamespace], tmp_path: Path
+) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "x?y=#1 %41.safetensors"}}'
+    )
+    (tmp_path / "x?y=#1 %41.safetensors").write_bytes(b"12345678")
+    storage = opened(serve(tmp_path))
+    assert storage.read("x?y=#1 %41.safetensors", 0, 8) == b"12345678"
+
+
+def test_a_document_beyond_the_limit_is_not_downloaded(
+    serve: Callable[[Path], SimpleNamespace], tmp_path: Path
+) -> None:
+    with (tmp_path / CONFIG).open("wb") as file:
+        file.truncate(MAX_JSON_BYTES + 1)
+    server = serve(tmp_path)
+    document, problems = read_json(opened(server), CONFIG)
+    assert document is None
+    assert "expected at most 100,000,000" in problems[0]
+    assert server.sent < 1000
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("http://user:secret@127.0.0.1/x", "holds a login"),
+        ("http://127.0.0.1/x?token=secret", "holds a query"),
+        ("http://127.0.0.1/x#part", "holds a query or a fragment"),
+        ("http://127.0.0.1:port/x", "is no URL"),
+    ],
+)
+def test_a_url_that_cannot_be_a_folder_is_refused_without_its_secrets(url: str, why: str) -> None:
+    with pytest.raises(CheckError, match=why) as caught:
+        open_checkpoint(url)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_url_with_nothing_behind_it_is_said_to_be_empty(
+    serve: Callable[[Path], SimpleNamespace], tmp_path: Path
+) -> None:
+    with pytest.raises(CheckError, match=r"none of config\.json"):
+        open_checkpoint(serve(tmp_path).url)
+
+
+def test_an_index_of_countless_shards_is_refused(
+    serve: Callable[[Path], SimpleNamespace], tmp_path: Path
+) -> None:
+    index = ", ".join(f'"{place}": "{place}.safetensors"' for place in range(10_001))
+    (tmp_path / "model.safetensors.index.json").write_text(f'{{"weight_map": {{{index}}}}}')
+    server = serve(tmp_path)
+    with pytest.raises(CheckError, match="names 10,001 shards"):
+        open_checkpoint(server.url)
+    assert len(server.requests) < 20
+
+
+def test_a_storage_travels_to_another_process_without_its_connections(
+    server: SimpleNamespace, golden: SimpleNamespace
+) -> None:
+    storage = opened(server)
+    storage.read(CONFIG, 0, storage.list()[CONFIG])
+    storage = pickle.loads(pickle.dumps(HttpStorage(server.url)))
+    assert storage.read(SHARD, 0, 8) == (golden.nvfp4 / SHARD).read_bytes()[:8]
+    assert threading.active_count() < 50
