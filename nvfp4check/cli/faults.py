@@ -1,6 +1,7 @@
 """`nvfp4check faults list` and `nvfp4check faults inject`: the catalogue, and a fault to try."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from enum import StrEnum
+from typing import Annotated, Any
 
 import typer
 
@@ -19,10 +20,15 @@ from nvfp4check.cli.options import (
 from nvfp4check.findings import CheckError
 from nvfp4check.report.render import render
 
-if TYPE_CHECKING:
-    from nvfp4check.checkpoint.faults import CheckpointFault
-
 app = make_app(group="Faults that were really shipped: list them, or plant one in a copy.")
+
+
+class FaultKind(StrEnum):
+    """What carries a fault."""
+
+    CHECKPOINT = "checkpoint"
+    KERNEL = "kernel"
+    ALL = "all"
 
 
 @command(
@@ -31,7 +37,7 @@ app = make_app(group="Faults that were really shipped: list them, or plant one i
     examples=(
         "nvfp4check faults list",
         "nvfp4check faults list F9",
-        "nvfp4check faults list --format markdown",
+        "nvfp4check faults list --kind kernel --format markdown",
     ),
 )
 def list_faults(
@@ -39,12 +45,18 @@ def list_faults(
         list[str] | None,
         typer.Argument(metavar="[ID]...", help="Faults, or the beginning of their ids."),
     ] = None,
+    kind: Annotated[
+        FaultKind, typer.Option(help="Faults of stored checkpoints, of kernels, or both.")
+    ] = FaultKind.CHECKPOINT,
     format: PlainFormatOption = None,
     output: OutputOption = None,
 ) -> int:
-    """List the faults that a stored checkpoint can carry, or explain some."""
+    """List the faults that a stored checkpoint can carry, or a kernel; or explain some.
+
+    Those of checkpoints are planted by `faults inject`, those of kernels by `kernels power`.
+    """
     require_writable(output)
-    write(render(_document(split_ids(ids)), chosen_format(format, output)), output)
+    write(render(_document(split_ids(ids), kind), chosen_format(format, output)), output)
     return ExitCode.HOLDS
 
 
@@ -88,36 +100,53 @@ def inject_fault(
     return ExitCode.HOLDS
 
 
-def _document(ids: tuple[str, ...]) -> dict[str, Any]:
-    from nvfp4check.checkpoint.faults import CHECKPOINT_FAULTS
-    from nvfp4check.checkpoint.faults.injection import SCHEMA, record
+def _document(ids: tuple[str, ...], kind: FaultKind) -> dict[str, Any]:
+    from nvfp4check.checkpoint.faults.injection import SCHEMA
 
+    faults = [
+        *(_checkpoint_faults() if kind is not FaultKind.KERNEL else ()),
+        *(_kernel_faults() if kind is not FaultKind.CHECKPOINT else ()),
+    ]
+    for prefix in ids:
+        if not any(_fits(fault["id"], prefix) for fault in faults):
+            raise CheckError(
+                f"no fault begins with {prefix!r}; `nvfp4check faults list --kind all` lists every "
+                "fault"
+            )
     return {
         "schema": SCHEMA,
         "tool": {"name": "nvfp4check", "version": nvfp4check.__version__},
         "explained": bool(ids),
-        "faults": [record(fault) for fault in _chosen(ids, CHECKPOINT_FAULTS)],
+        "faults": [fault for fault in faults if not ids or any(_fits(fault["id"], i) for i in ids)],
     }
 
 
-def _chosen(
-    ids: tuple[str, ...], catalogue: "dict[str, CheckpointFault]"
-) -> "list[CheckpointFault]":
-    for prefix in ids:
-        if not any(known.upper().startswith(prefix) for known in catalogue):
-            raise CheckError(
-                f"no fault begins with {prefix!r}; `nvfp4check faults list` lists every fault"
-            )
+def _checkpoint_faults() -> list[dict[str, Any]]:
+    from nvfp4check.checkpoint.faults import CHECKPOINT_FAULTS
+    from nvfp4check.checkpoint.faults.injection import record
+
+    return [record(fault) for fault in CHECKPOINT_FAULTS.values()]
+
+
+def _kernel_faults() -> list[dict[str, Any]]:
+    from nvfp4check.faults import kernel_faults
+
     return [
-        fault
-        for identifier, fault in catalogue.items()
-        if not ids or any(_fits(identifier, prefix) for prefix in ids)
+        {
+            "kind": FaultKind.KERNEL.value,
+            "id": fault.id,
+            "name": fault.name,
+            "does": fault.does,
+            "operations": [*fault.operations],
+            "remark": f"it shows where the input holds {fault.needs}",
+            "threads": [*fault.urls],
+        }
+        for fault in kernel_faults()
     ]
 
 
 def _fits(identifier: str, prefix: str) -> bool:
     """Whether a prefix means a fault: F1 means F1a and not F13a."""
     rest = identifier.upper().removeprefix(prefix)
-    return identifier.upper().startswith(prefix) and not (
-        prefix[-1:].isdigit() and rest[:1].isdigit() and len(prefix) == 2
-    )
+    whole_number = not (len(prefix) == 2 and rest[:1].isdigit())
+    return identifier.upper().startswith(prefix) and whole_number

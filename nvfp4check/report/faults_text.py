@@ -10,6 +10,11 @@ from nvfp4check.report.validate_markdown import markdown, table
 from nvfp4check.report.visible import visible
 
 _WIDTH = 100
+_CARRIERS = {
+    frozenset(("checkpoint",)): "a stored checkpoint",
+    frozenset(("kernel",)): "a kernel",
+    frozenset(("checkpoint", "kernel")): "a stored checkpoint or a kernel",
+}
 _HEADERS = ["id", "name", "found by", "what is wrong"]
 
 
@@ -21,9 +26,10 @@ def faults_text(document: Mapping[str, Any]) -> str:
     if document.get("explained"):
         return "\n\n".join("\n".join(_explain(fault)) for fault in faults) + "\n"
     rows = [_row(fault) for fault in faults]
+    kinds = frozenset(fault["kind"] for fault in faults)
     listing = tabulate(rows, headers=_HEADERS, maxcolwidths=[None, None, 16, 52])
     return (
-        f"{listing}\n\n{len(faults)} faults that a stored checkpoint can carry.\n"
+        f"{listing}\n\n{len(faults)} faults that {_CARRIERS[kinds]} can carry.\n"
         f"One explained: nvfp4check faults list {faults[0]['id']}\n"
     )
 
@@ -41,7 +47,9 @@ def _row(fault: Mapping[str, Any]) -> list[str]:
 
 
 def finders(fault: Mapping[str, Any]) -> str:
-    """Say which rules find a fault, and whether they need the base."""
+    """Say which rules find a fault, and whether they need the base; or which operations show it."""
+    if fault["kind"] == "kernel":
+        return f"kernels power: {', '.join(fault['operations'])}"
     if fault["found_by"]:
         return ", ".join(fault["found_by"])
     if fault["found_with_base"]:
@@ -56,8 +64,12 @@ def _explain(fault: Mapping[str, Any]) -> Iterator[str]:
     for line in lines:
         yield textwrap.fill(line, _WIDTH, initial_indent="  ", subsequent_indent="  ")
     yield ""
-    yield f"  Found by validate:        {', '.join(fault['found_by']) or 'no rule'}"
-    yield f"  Found by validate --base: {', '.join(fault['found_with_base']) or 'no further rule'}"
+    if fault["kind"] == "kernel":
+        yield f"  Found by {finders(fault)}"
+    else:
+        with_base = ", ".join(fault["found_with_base"]) or "no further rule"
+        yield f"  Found by validate:        {', '.join(fault['found_by']) or 'no rule'}"
+        yield f"  Found by validate --base: {with_base}"
     if fault["threads"]:
         yield ""
         yield "  Seen in public:"

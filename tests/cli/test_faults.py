@@ -34,6 +34,18 @@ def test_a_class_names_its_faults_and_not_those_of_another(run: Run) -> None:
     assert [fault["id"] for fault in document["faults"]] == ["F1a", "F1b", "F1c"]
 
 
+def test_faults_of_kernels_are_listed_when_asked_for(run: Run) -> None:
+    both = json.loads(run("faults", "list", "--kind", "all", "--format", "json").out)["faults"]
+    kernel = json.loads(run("faults", "list", "--kind", "kernel", "--format", "json").out)["faults"]
+    assert {fault["kind"] for fault in kernel} == {"kernel"}
+    assert [fault for fault in both if fault["kind"] == "kernel"] == kernel
+    assert len(both) - len(kernel) == len(CHECKPOINT_FAULTS)
+    assert all(fault["operations"] for fault in kernel)
+    text = run("faults", "list", "--kind", "kernel").out
+    assert f"{len(kernel)} faults that a kernel can carry" in text
+    assert "Found by kernels power" in run("faults", "list", "F2a", "--kind", "kernel").out
+
+
 def test_an_unknown_class_is_refused(run: Run) -> None:
     ran = run("faults", "list", "F99")
     assert ran.code == 2

@@ -131,7 +131,7 @@ def _dead_block(p: Planting) -> None:
     "overflowed to NaN.",
     threads=("NVIDIA/Model-Optimizer/pull/1397",),
     found_by=("NV201",),
-    found_with_base=("NV701",),
+    also=("NV701",),
 )
 def _zero_block_nan(p: Planting) -> None:
     weight = p.nvfp4()
@@ -168,8 +168,7 @@ def _folded(p: Planting) -> None:
     does="The global scale is amax/448, not amax/2688: block scales use a sixth of their range.",
     threads=("pytorch/ao/pull/2604",),
     found_by=("NV205",),
-    found_with_base=("NV705",),
-    also=("NV501", "NV503", "NV701", "NV702"),
+    also=("NV501", "NV503", "NV701", "NV702", "NV705"),
 )
 def _without_six(p: Planting) -> None:
     weight, six = p.nvfp4(lambda w: leaf(w) in ("down_proj", "o_proj")), 6.0
@@ -244,8 +243,8 @@ def _neighbour(p: Planting) -> None:
     does="One largest magnitude was taken over two adjacent blocks.",
     threads=("ml-explore/mlx/issues/3557", "ml-explore/mlx/pull/3934"),
     found_by=("NV207",),
-    found_with_base=("NV702",),
-    also=("NV401", "NV701"),
+    found_with_base=("NV701",),
+    also=("NV401", "NV702"),
 )
 def _pairs(p: Planting) -> None:
     weight = p.nvfp4(lambda w: w.shape[1] % (2 * BLOCK_SIZE) == 0)

@@ -21,6 +21,7 @@ _TOP_SCALE = 0x7E
         "Comfy-Org/comfy-kitchen/pull/41",
     ),
     found_with_base=("NV703",),
+    also=("NV705",),
 )
 def _nibbles_swapped(p: Planting) -> None:
     weight = p.nvfp4()
@@ -33,7 +34,8 @@ def _nibbles_swapped(p: Planting) -> None:
     "block-split-in-halves",
     does="Byte i of a block holds its elements i and i + 8, as GGML packs, not 2i and 2i + 1.",
     threads=("kekzl/imp/pull/567",),
-    found_with_base=("NV701",),
+    found_with_base=("NV703",),
+    also=("NV701", "NV705"),
 )
 def _split_half(p: Planting) -> None:
     weight = p.nvfp4()
@@ -88,8 +90,8 @@ def _truncated(p: Planting) -> None:
     does="The quantiser returned zeros: every code of a weight is 0.",
     threads=("NVIDIA/TransformerEngine/pull/3281",),
     found_by=("NV402",),
-    found_with_base=("NV701",),
-    also=("NV203", "NV303", "NV401"),
+    found_with_base=("NV703",),
+    also=("NV203", "NV303", "NV401", "NV701", "NV705"),
 )
 def _all_zero(p: Planting) -> None:
     weight = p.nvfp4()

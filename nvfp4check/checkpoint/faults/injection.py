@@ -48,6 +48,7 @@ class Injection:
 def record(fault: CheckpointFault) -> dict[str, Any]:
     """Return a fault as JSON."""
     return {
+        "kind": "checkpoint",
         "id": fault.id,
         "name": fault.name,
         "does": fault.does,

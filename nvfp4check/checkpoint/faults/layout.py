@@ -44,8 +44,8 @@ def _place(flat_offsets: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         "sgl-project/sglang/pull/23625",
         "NVIDIA/Model-Optimizer/pull/2038",
     ),
-    found_with_base=("NV703",),
-    also=("NV203", "NV206", "NV701"),
+    found_with_base=("NV701",),
+    also=("NV203", "NV206", "NV703"),
     remark="NV206 sees it without a base where rows or columns of the weight differ in size",
 )
 def _swizzled(p: Planting) -> None:

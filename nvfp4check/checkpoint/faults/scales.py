@@ -304,8 +304,8 @@ def _shard_zero(p: Planting) -> None:
     "weights-moved-without-scales",
     does="Two experts changed places, their scales did not.",
     threads=("vllm-project/vllm/pull/37322",),
-    found_with_base=("NV701",),
-    also=("NV203",),
+    found_with_base=("NV703",),
+    also=("NV203", "NV701", "NV705"),
 )
 def _moved(p: Planting) -> None:
     weight = p.nvfp4(is_expert, "expert in NVFP4")

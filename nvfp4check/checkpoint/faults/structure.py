@@ -96,7 +96,8 @@ def _excluded(p: Planting) -> None:
     "covers it.",
     threads=("sgl-project/sglang/pull/39317",),
     found_by=("NV106",),
-    also=("NV101", "NV103", "NV104", "NV502"),
+    also=("NV101", "NV103", "NV104", "NV502", "NV007"),
+    found_with_base=("NV704",),
 )
 def _unquantised(p: Planting) -> None:
     weight = p.nvfp4(
@@ -136,8 +137,7 @@ def _no_scales(p: Planting) -> None:
     does="A global scale is 0, infinite or NaN.",
     threads=("vllm-project/compressed-tensors/pull/595", "kekzl/imp/pull/113"),
     found_by=("NV301",),
-    found_with_base=("NV705",),
-    also=("NV302", "NV303", "NV501", "NV503", "NV701"),
+    also=("NV302", "NV303", "NV501", "NV503", "NV701", "NV705"),
 )
 def _unusable(p: Planting) -> None:
     value = _UNUSABLE[int(p.rng.integers(len(_UNUSABLE)))]
@@ -190,7 +190,7 @@ def _quantised_mtp(p: Planting) -> None:
     does="e_score_correction_bias is stored in BF16.",
     threads=("sgl-project/sglang/pull/31213", "vllm-project/vllm/pull/23640"),
     found_by=("NV104",),
-    found_with_base=("NV704",),
+    also=("NV007", "NV704"),
 )
 def _bias_dtype(p: Planting) -> None:
     weight = p.weight(
@@ -223,6 +223,7 @@ def _not_packed(p: Planting) -> None:
     does="Block scales are stored as [K/16, N].",
     threads=("unslothai/unsloth-zoo/pull/1114",),
     found_by=("NV108",),
+    also=("NV701",),
 )
 def _scales_transposed(p: Planting) -> None:
     weight = p.nvfp4(
@@ -256,8 +257,8 @@ def _padded(p: Planting) -> None:
     "fp8-scale-missing",
     does="An FP8 weight has no weight_scale_inv.",
     threads=("deepseek-ai/DeepSeek-V3/pull/2", "unslothai/unsloth/pull/6749"),
-    found_by=("NV107",),
-    also=("NV101", "NV801"),
+    found_by=("NV801",),
+    also=("NV101", "NV107"),
 )
 def _no_scale_inv(p: Planting) -> None:
     weight = p.weight(lambda w: w.format is WeightFormat.FP8_BLOCK, "FP8 weight with block scales")
