@@ -1,6 +1,6 @@
 """The logits of two runs compared, in whatever form each of them has them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -145,7 +145,18 @@ def _top(left: Source, right: Source, tokens: torch.Tensor) -> TopMetrics:
                 _rows(left, right, first, stop, here), _rows(right, left, first, stop, here), here
             )
         )
-    return _joined(parts)
+    joined = _joined(parts)
+    if _whole(left, right) or _whole(right, left):
+        return replace(joined, exact=torch.ones_like(joined.exact))
+    return joined
+
+
+def _whole(full: Source, top: Source) -> bool:
+    """Tell whether a list of best tokens names every token that the other side has."""
+    if not isinstance(full, Full) or not isinstance(top, Top):
+        return False
+    return bool(((top.rows.tokens >= 0).sum(-1) >= full.vocabulary).all())
+
 
 
 def _rows(side: Source, other: Source, first: int, stop: int, after: torch.Tensor) -> TopRows:
