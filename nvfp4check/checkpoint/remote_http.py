@@ -10,26 +10,22 @@ host that they were given for.
 
 import email.utils
 import re
-import ssl
 import time
 import urllib.parse
-import urllib.request
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import NoReturn
 
 import urllib3
-from urllib3.exceptions import (
-    ConnectTimeoutError,
-    HTTPError,
-    LocationValueError,
-    NewConnectionError,
-    ProxyError,
-    SSLError,
-)
+from urllib3.exceptions import HTTPError
 
-from nvfp4check import __version__
+from nvfp4check.checkpoint.connections import (
+    Connections,
+    Timeouts,
+    body_of,
+    let_go,
+    origin_of,
+    reason_of,
+)
 from nvfp4check.checkpoint.index import INDEX_FILE, read_index
 from nvfp4check.checkpoint.remote import CONNECTIONS, PassingError, RemoteStorage, Retry
 from nvfp4check.checkpoint.storage import StorageError
@@ -53,53 +49,7 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 PASSING = (408, 425, 429, 500, 502, 503, 504)
 #: How long the target of a redirect is used again: far less than signed addresses are good for.
 _TARGET_SECONDS = 300.0
-_CHUNK = 1 << 18
-_CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)", re.ASCII)
-
-
-@dataclass(frozen=True, slots=True)
-class Timeouts:
-    """Seconds to wait for a connection and for the next bytes; bytes a second that are enough."""
-
-    connect: float = 10.0
-    read: float = 30.0
-    slowest: float = 16384.0
-
-
-@dataclass(slots=True)
-class _Connections:
-    """Open connections, through the proxies of the environment. They do not travel."""
-
-    timeouts: Timeouts
-    managers: dict[str | None, urllib3.PoolManager] = field(default_factory=dict)
-
-    def get(self, url: str, headers: Mapping[str, str]) -> urllib3.BaseHTTPResponse:
-        return self._manager(url).request(
-            "GET",
-            url,
-            headers=headers,
-            preload_content=False,
-            decode_content=False,
-            redirect=False,
-            retries=False,
-            timeout=urllib3.Timeout(connect=self.timeouts.connect, read=self.timeouts.read),
-        )
-
-    def _manager(self, url: str) -> urllib3.PoolManager:
-        parts = urllib.parse.urlsplit(url)
-        proxy = urllib.request.getproxies().get(parts.scheme)
-        if proxy is not None and urllib.request.proxy_bypass(parts.hostname or ""):
-            proxy = None
-        if proxy not in self.managers:
-            self.managers[proxy] = (
-                urllib3.PoolManager(maxsize=CONNECTIONS)
-                if proxy is None
-                else urllib3.ProxyManager(proxy, maxsize=CONNECTIONS)
-            )
-        return self.managers[proxy]
-
-    def __reduce__(self) -> tuple[type["_Connections"], tuple[Timeouts]]:
-        return _Connections, (self.timeouts,)
+_CONTENT_RANGE = re.compile(r"bytes (?:(\d{1,18})-(\d{1,18})|\*)/(\d{1,18})", re.ASCII)
 
 
 class HttpStorage(RemoteStorage):
@@ -110,7 +60,7 @@ class HttpStorage(RemoteStorage):
     ) -> None:
         super().__init__(location, retry)
         self._timeouts = timeouts or Timeouts()
-        self._connections = _Connections(self._timeouts)
+        self._connections = Connections(self._timeouts)
         self._origin = origin_of(self._location)
         self._versions: dict[str, str] = {}
         #: Where redirects led, by file, and until when that is used.
@@ -122,6 +72,13 @@ class HttpStorage(RemoteStorage):
 
     def _find(self) -> dict[str, int]:
         _check_location(self._location)
+        try:
+            return self._look()
+        except CheckError:
+            self._files = None  # half a list is none
+            raise
+
+    def _look(self) -> dict[str, int]:
         self._files = self._sizes(_KNOWN_FILES)
         if INDEX_FILE in self._files:
             index, _ = read_index(self)
@@ -154,7 +111,7 @@ class HttpStorage(RemoteStorage):
                 return None
             try:
                 if response.status == 206:
-                    _body(response, 1, self._timeouts)
+                    body_of(response, 1, self._timeouts)
                 span = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range") or "")
                 if span is None:
                     raise CheckError(
@@ -163,9 +120,9 @@ class HttpStorage(RemoteStorage):
                         "and the file's size; download the checkpoint instead"
                     )
             except (HTTPError, OSError) as error:
-                raise PassingError(f"broke off: {_reason(error)}") from error
+                raise PassingError(f"broke off: {reason_of(error)}") from error
             finally:
-                _let_go(response)
+                let_go(response)
             self._versions[name] = _strong_tag(response)
             return int(span[3])
 
@@ -175,11 +132,11 @@ class HttpStorage(RemoteStorage):
         response = self._open(name, start, stop)
         try:
             self._check_answer(name, response, start, stop)
-            return _body(response, stop - start, self._timeouts)
+            return body_of(response, stop - start, self._timeouts)
         except (HTTPError, OSError) as error:
-            raise PassingError(f"broke off: {_reason(error)}") from error
+            raise PassingError(f"broke off: {reason_of(error)}") from error
         finally:
-            _let_go(response)
+            let_go(response)
 
     def _check_answer(
         self, name: str, response: urllib3.BaseHTTPResponse, start: int, stop: int
@@ -226,11 +183,12 @@ class HttpStorage(RemoteStorage):
             url = first
         begun_at = url
         for _ in range(_MAX_REDIRECTS + 1):
-            response = self._get(url, start, stop)
+            credentials = self._credentials() if origin_of(url) == self._origin else {}
+            response = self._connections.get(url, start, stop, credentials)
             location = response.headers.get("Location")
             if response.status not in _REDIRECTS or location is None:
                 break
-            _let_go(response)
+            let_go(response)
             url = _redirected(url, location)
         else:
             raise CheckError(f"{first}: redirected more than {_MAX_REDIRECTS} times")
@@ -243,36 +201,12 @@ class HttpStorage(RemoteStorage):
             return response
         if response.status == 416 and _is_empty(response):
             return response
-        _let_go(response)
+        let_go(response)
         if begun_at != first:
             # An address that a redirect gave earlier: it may have run out.
             self._targets.pop(name, None)
             raise PassingError(f"status {response.status}", delay=_retry_after(response))
         self._refuse(first, response)
-
-    def _get(self, url: str, start: int, stop: int) -> urllib3.BaseHTTPResponse:
-        headers = {
-            "Range": f"bytes={start}-{stop - 1}",
-            "Accept-Encoding": "identity",
-            "User-Agent": f"nvfp4check/{__version__}",
-        }
-        if origin_of(url) == self._origin:
-            headers |= self._credentials()
-        try:
-            return self._connections.get(url, headers)
-        except LocationValueError as error:
-            raise CheckError(f"{url}: is no URL: {error}") from error
-        except SSLError as error:
-            if error.args and isinstance(error.args[0], ssl.SSLCertVerificationError):
-                raise CheckError(
-                    f"{url}: its certificate cannot be trusted: {_reason(error)}; SSL_CERT_FILE "
-                    "names certificates to trust"
-                ) from error
-            raise PassingError(f"no answer: {_reason(error)}") from error
-        except (NewConnectionError, ConnectTimeoutError, ProxyError) as error:
-            raise PassingError(f"no answer: {_reason(error)}", unreachable=True) from error
-        except (HTTPError, OSError) as error:
-            raise PassingError(f"no answer: {_reason(error)}") from error
 
     def _refuse(self, url: str, response: urllib3.BaseHTTPResponse) -> NoReturn:
         """Say what is wrong with an answer that holds nothing."""
@@ -321,55 +255,21 @@ def _check_location(location: str) -> None:
         )
 
 
-def origin_of(url: str) -> tuple[str, str | None, int | None]:
-    """Scheme, host and port: what credentials are given for."""
-    parts = urllib.parse.urlsplit(url)
-    try:
-        port = parts.port
-    except ValueError as error:
-        raise CheckError(f"{url}: is no URL: {error}") from error
-    return parts.scheme, parts.hostname, port or {"http": 80, "https": 443}.get(parts.scheme)
-
-
 def _redirected(url: str, location: str) -> str:
     """Where a redirect leads.
 
     Raises:
         CheckError: it leads out of the web, or from https to http.
     """
-    target = urllib.parse.urljoin(url, location)
-    scheme = urllib.parse.urlsplit(target).scheme
+    try:
+        target = urllib.parse.urljoin(url, location)
+        scheme = urllib.parse.urlsplit(target).scheme
+    except ValueError:
+        target, scheme = location, ""
     if scheme not in ("http", "https") or (url.startswith("https:") and scheme == "http"):
-        raise CheckError(f"{url}: redirects to {target[:200]!r}; not followed")
+        shown = target.partition("?")[0][:200]
+        raise CheckError(f"{url.partition('?')[0]}: redirects to {shown!r}; not followed")
     return target
-
-
-def _body(response: urllib3.BaseHTTPResponse, length: int, timeouts: Timeouts) -> bytes:
-    """Read `length` bytes, or those there are.
-
-    Raises:
-        PassingError: they come too slowly.
-    """
-    until = time.monotonic() + timeouts.read + length / timeouts.slowest
-    chunks, missing = [], length
-    while missing:
-        chunk = response.read1(min(missing, _CHUNK))
-        if not chunk:
-            break
-        chunks.append(chunk)
-        missing -= len(chunk)
-        if missing and time.monotonic() > until:
-            raise PassingError(f"{length - missing:,} of {length:,} bytes came in time: too slow")
-    return b"".join(chunks)
-
-
-def _let_go(response: urllib3.BaseHTTPResponse) -> None:
-    """Keep the connection where the answer was read to its end, else close it."""
-    if response.length_remaining == 0:
-        response.drain_conn()  # nothing comes, and the connection learns that nothing will
-        response.release_conn()
-    else:
-        response.close()
 
 
 def _is_whole(response: urllib3.BaseHTTPResponse, start: int, stop: int, size: int | None) -> bool:
@@ -394,11 +294,5 @@ def _retry_after(response: urllib3.BaseHTTPResponse) -> float | None:
         return float(text[:9])
     try:
         return email.utils.parsedate_to_datetime(text).timestamp() - time.time()
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
-
-
-def _reason(error: BaseException) -> str:
-    """The last part of an error's message; urllib3 puts its own objects before it."""
-    text = str(error) or type(error).__name__
-    return re.sub(r"^\S*\(host=[^)]*\):? ?|^<[^>]*>:? ?", "", text)[:300]

@@ -5,14 +5,16 @@ come by the checked ranges of `HttpStorage`. The commit is fixed when the checkp
 that no later push mixes two versions.
 """
 
+import json
 import os
 import urllib.parse
 from types import ModuleType
 from typing import Any
 
+from nvfp4check.checkpoint.connections import Timeouts, origin_of
 from nvfp4check.checkpoint.remote import MAX_FILES, PassingError, Retry
 from nvfp4check.checkpoint.remote_fsspec import backend_errors
-from nvfp4check.checkpoint.remote_http import PASSING, HttpStorage, Timeouts, origin_of
+from nvfp4check.checkpoint.remote_http import PASSING, HttpStorage
 from nvfp4check.checkpoint.storage import unsafe_name
 from nvfp4check.findings import CheckError
 
@@ -21,6 +23,9 @@ _TOKEN_ADVICE = (
     "for a private or gated one, ask for access on its page and set HF_TOKEN, or run "
     "`hf auth login`"
 )
+
+#: What an answer of another form makes huggingface_hub raise.
+_NOT_UNDERSTOOD = (json.JSONDecodeError, KeyError, TypeError, AttributeError)
 
 
 class HubStorage(HttpStorage):
@@ -43,7 +48,7 @@ class HubStorage(HttpStorage):
         def attempt() -> dict[str, int]:
             try:
                 return self._find_with(hub, system)
-            except backend_errors(ValueError, NotImplementedError) as error:
+            except backend_errors(ValueError, NotImplementedError, *_NOT_UNDERSTOOD) as error:
                 raise self._explained(hub, error) from error
 
         return self._try(self._location, attempt)
@@ -76,6 +81,8 @@ class HubStorage(HttpStorage):
             size = getattr(item, "size", None)  # a folder has none
             if size is None or unsafe_name(name) is not None:
                 continue
+            if type(size) is not int or size < 0:
+                raise TypeError(f"size {size!r} of {name}")
             files[name] = size
             self._versions[name] = item.blob_id
             if len(files) > MAX_FILES:
@@ -115,6 +122,11 @@ class HubStorage(HttpStorage):
             return CheckError(f"{where}: status 403; {self._login_advice()}")
         if status is not None:
             return CheckError(f"{where}: status {status}: {_first_line(cause)}")
+        if isinstance(cause, _NOT_UNDERSTOOD):
+            return CheckError(
+                f"{where}: {self._origin[1]} does not answer as a hub does: "
+                f"{type(cause).__name__}: {_first_line(cause)}; check HF_ENDPOINT"
+            )
         if isinstance(cause, (ValueError, NotImplementedError)):
             return CheckError(f"{where}: {_first_line(cause)}; give {_FORM}")
         unreachable = type(cause).__name__ in ("ConnectError", "ConnectTimeout", "ConnectionError")

@@ -35,6 +35,8 @@ class RangeServer(ThreadingHTTPServer):
         #: What misbehaves; questions for a file's size do not, unless asked to.
         self.faulty: Callable[[str, str], bool] = lambda path, span: span != "bytes=0-0"
         self.latency = 0.0
+        #: What busy answers ask for, before 7 seconds.
+        self.retry_after: list[str] = []
         self.etags: dict[str, str] = {}
         self.lock = threading.Lock()
 
@@ -105,7 +107,10 @@ class RangeHandler(BaseHTTPRequestHandler):
         )
         match fault:
             case int():
-                self.answer(fault, Retry_After="7")
+                known = self.server.retry_after
+                self.answer(fault, Retry_After=known.pop(0) if known else "7")
+            case "endless range":
+                self.answer(206, part, Content_Range=f"bytes 0-99/{'9' * 5000}")
             case "date":
                 date = self.date_time_string(time.time() + 30)
                 self.answer(503, Retry_After=date)
@@ -280,7 +285,7 @@ def hub(golden: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ra
     """A loopback hub, named by HF_ENDPOINT, with the golden in org/name; large files elsewhere."""
     with running(HubHandler, golden.nvfp4) as hub, running(HubHandler, golden.nvfp4) as storage:
         hub.storage = storage.url.replace("127.0.0.1", "localhost")
-        hub.elsewhere = storage
+        hub.elsewhere, hub.plain = storage, RangeHandler
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         monkeypatch.delenv("HF_TOKEN", raising=False)
         yield hub

@@ -10,10 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from nvfp4check.checkpoint.connections import Timeouts
 from nvfp4check.checkpoint.documents import MAX_JSON_BYTES, read_json
 from nvfp4check.checkpoint.opening import open_checkpoint
 from nvfp4check.checkpoint.remote import Retry
-from nvfp4check.checkpoint.remote_http import HttpStorage, Timeouts
+from nvfp4check.checkpoint.remote_http import HttpStorage
 from nvfp4check.checkpoint.storage import StorageError
 from nvfp4check.findings import CheckError
 
@@ -246,7 +247,9 @@ def test_redirects_in_a_circle_end(server: SimpleNamespace) -> None:
     assert len([1 for path, headers in server.requests if headers["Range"] == "bytes=0-89"]) == 6
 
 
-@pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://127.0.0.1/x", "data:,x"])
+@pytest.mark.parametrize(
+    "target", ["file:///etc/passwd", "ftp://127.0.0.1/x", "data:,x", "http://[::1/x"]
+)
 def test_a_redirect_out_of_the_web_is_not_followed(server: SimpleNamespace, target: str) -> None:
     storage = opened(server)
     server.faults = [target]
@@ -353,12 +356,33 @@ def test_a_document_beyond_the_limit_is_not_downloaded(
         ("http://127.0.0.1/x?token=secret", "holds a query"),
         ("http://127.0.0.1/x#part", "holds a query or a fragment"),
         ("http://127.0.0.1:port/x", "is no URL"),
+        ("http://[::1/x", "is no URL"),
     ],
 )
 def test_a_url_that_cannot_be_a_folder_is_refused_without_its_secrets(url: str, why: str) -> None:
     with pytest.raises(CheckError, match=why) as caught:
         open_checkpoint(url)
     assert "secret" not in str(caught.value)
+
+
+def test_a_listing_that_failed_is_made_again(server: SimpleNamespace) -> None:
+    storage = HttpStorage(server.url, patient([]))
+    server.faulty = lambda path, span: SHARD in path
+    server.faults = [403]
+    with pytest.raises(CheckError, match="status 403"):
+        storage.list()
+    assert SHARD in storage.list()
+
+
+def test_headers_of_any_form_are_an_error_and_no_traceback(server: SimpleNamespace) -> None:
+    storage = opened(server)
+    server.retry_after = ["9" * 400, "Thu, 01 Jan 0001 00:00:00 GMT", "soon", "-1", ""]
+    server.faults = [429] * 5
+    storage._retry = patient([], attempts=9)
+    storage.read(SHARD, 0, 100)
+    server.faults = ["endless range"]
+    with pytest.raises(CheckError, match="Content-Range is 'bytes 0-99/9999"):
+        storage.read(SHARD, 0, 100)
 
 
 def test_a_url_with_nothing_behind_it_is_said_to_be_empty(

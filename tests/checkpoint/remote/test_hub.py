@@ -1,5 +1,6 @@
 import builtins
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -104,6 +105,18 @@ def test_a_busy_hub_is_asked_again(hub: SimpleNamespace) -> None:
     with pytest.raises(CheckError, match=r"no such repository|status 404"):
         HubStorage("hf://org/busy", Retry(first_delay=1.0, sleep=delays.append)).list()
     assert delays == [1.0, 2.0]
+
+
+def test_a_server_that_is_no_hub_is_said_to_be_none(
+    hub: SimpleNamespace, golden: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "api" / "models" / "org").mkdir(parents=True)
+    (tmp_path / "api" / "models" / "org" / "name").write_text("<html>hello</html>")
+    hub.elsewhere.RequestHandlerClass = hub.plain
+    hub.elsewhere.directory = tmp_path
+    monkeypatch.setenv("HF_ENDPOINT", hub.elsewhere.url)
+    with pytest.raises(CheckError, match=r"does not answer as a hub does.*check HF_ENDPOINT"):
+        open_checkpoint("hf://org/name")
 
 
 def test_a_hub_that_is_not_there_is_said_to_be_so_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
