@@ -16,6 +16,7 @@ class Entry(NamedTuple):
 
 COMMANDS: dict[str, Entry] = {
     "validate": Entry("nvfp4check.cli.validate", "Is this checkpoint sound?"),
+    "diff": Entry("nvfp4check.cli.diff", "What differs between two checkpoints, in meaning."),
     "forward": Entry("nvfp4check.cli.forward", "The reference forward pass, streamed from disk."),
     "agree": Entry("nvfp4check.cli.agree", "Do two runs agree, layer by layer and in logits?"),
     "capture": Entry("nvfp4check.cli.capture", "A run from a server that speaks the OpenAI API."),

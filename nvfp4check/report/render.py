@@ -265,6 +265,24 @@ def _golden_html(document: Document, extras: Extras) -> str:
     )
 
 
+def _diff_text(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.diff_text import diff_text
+
+    return diff_text(document, color=extras.color)
+
+
+def _diff_markdown(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.diff_text import diff_markdown
+
+    return diff_markdown(document)
+
+
+def _diff_html(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.diff_html import diff_html
+
+    return diff_html(document)
+
+
 def _faults_text(document: Document, extras: Extras) -> str:
     from nvfp4check.report.faults_text import faults_text
 
@@ -399,6 +417,9 @@ _RENDERERS: dict[tuple[str, Format], Renderer] = {
     ("rules", Format.TEXT): _rules_text,
     ("rules", Format.MARKDOWN): _rules_markdown,
     ("rules", Format.HTML): _rules_html,
+    ("diff", Format.TEXT): _diff_text,
+    ("diff", Format.MARKDOWN): _diff_markdown,
+    ("diff", Format.HTML): _diff_html,
     ("faults", Format.TEXT): _faults_text,
     ("faults", Format.MARKDOWN): _faults_markdown,
     ("faults", Format.HTML): _faults_html,

@@ -1,0 +1,16 @@
+"""The difference of two checkpoints, weight by weight, in meaning.
+
+classes       what a pair of weights is to one another, and what fails a comparison
+results       what was found, in plain numbers
+pairing       which weight is held against which, fused and split ones included
+operands      the values of one side, by rows, and how far an original may lie from them
+kernel        two NVFP4 weights, sixteen elements at a time
+nvfp4_pair    the comparison of two NVFP4 weights
+values_pair   the comparison of any two weights, by values
+compare       the class of one pair
+diagnosis     faults recognised in one pair: scalars first, then codes, scales, values
+moved         weights that are another's: experts permuted, halves swapped, layers shifted
+configs       configurations, by what they mean to an engine
+effect        what a difference does to the output of its linear
+run           the whole: work items, journal, engine
+"""

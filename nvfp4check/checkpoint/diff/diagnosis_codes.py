@@ -1,0 +1,170 @@
+"""What was done to the codes of an NVFP4 weight.
+
+Contract:
+    exact   a change is named only if it gives the other's codes exactly, all of them. It is tried
+            on the first rows, and then on every row
+    ties    where scales are equal and codes differ by one step, the original lay at a midpoint or
+            near it: conventions and rounding modes differ so, and only so
+"""
+
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from nvfp4check.checkpoint.audit.sources import row_pieces
+from nvfp4check.checkpoint.diff.measured import Array, Measured
+from nvfp4check.checkpoint.diff.operands import Stored
+from nvfp4check.checkpoint.naming import Part
+from nvfp4ref import nvfp4
+from nvfp4ref.conventions import Convention
+from nvfp4ref.formats import BLOCK_SIZE
+
+#: Rows that a change is tried on first.
+_FIRST_ROWS = 4
+_HALF_BLOCK = BLOCK_SIZE // 2
+#: The conventions of those who make checkpoints, in the order in which they are named.
+_PRODUCERS = (
+    Convention.MODELOPT,
+    Convention.MODELOPT_0_39,
+    Convention.COMPRESSED_TENSORS,
+    Convention.TORCHAO,
+    Convention.TRANSFORMER_ENGINE,
+)
+
+Change = Callable[[Array], Array]
+
+
+def _unpacked(packed: Array) -> Array:
+    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
+
+
+def _packed(codes: Array) -> Array:
+    return np.asarray(codes[..., 0::2] | (codes[..., 1::2] << 4), np.uint8)
+
+
+def _nibbles_swapped(packed: Array) -> Array:
+    return np.asarray((packed >> 4) | (packed << 4), np.uint8)
+
+
+def _block_in_halves(packed: Array) -> Array:
+    codes = _unpacked(packed).reshape(packed.shape[0], -1, 2, _HALF_BLOCK)
+    return _packed(codes.transpose(0, 1, 3, 2).reshape(packed.shape[0], -1))
+
+
+def _negated(packed: Array) -> Array:
+    return np.asarray(packed ^ 0x88, np.uint8)
+
+
+def _column_halves(packed: Array) -> Array:
+    return np.roll(packed, packed.shape[1] // 2, axis=1)
+
+
+def _columns_reversed(packed: Array) -> Array:
+    return _packed(_unpacked(packed)[:, ::-1])
+
+
+#: Changes that keep every row in its place.
+IN_ROWS: tuple[tuple[str, Change], ...] = (
+    ("with the nibbles of every byte swapped", _nibbles_swapped),
+    ("with every block packed as its two halves, as GGML does", _block_in_halves),
+    ("negated", _negated),
+    ("with the halves of its columns swapped", _column_halves),
+    ("with its columns in reverse", _columns_reversed),
+)
+
+
+def name_codes(a: Stored, b: Stored, found: Measured) -> str | None:
+    """Say what became of the codes."""
+    for this, that, names in ((a, b, ("a", "b")), (b, a, ("b", "a"))):
+        for what, change in IN_ROWS:
+            if _gives(this, that, change):
+                return f"codes of {names[1]} are {names[0]}'s {what}"
+    zero = [_all_zero(side) for side in (a, b)]
+    if zero[0] != zero[1]:
+        return f"every code of {'a' if zero[0] else 'b'} is 0"
+    return None if found.changed_scales else _rounding(a, b)
+
+
+def _gives(this: Stored, that: Stored, change: Change) -> bool:
+    rows = this.operand.rows
+    first = min(rows, _FIRST_ROWS)
+    middle = max(first, rows // 2)
+    for start, stop in ((0, first), (middle, min(rows, middle + first))):
+        if not np.array_equal(change(this.codes(start, stop)), that.codes(start, stop)):
+            return False
+    return all(
+        np.array_equal(change(this.codes(start, stop)), that.codes(start, stop))
+        for start, stop in row_pieces(rows, this.operand.columns)
+    )
+
+
+def _all_zero(side: Stored) -> bool:
+    pieces = row_pieces(side.operand.rows, side.operand.columns)
+    return not any((side.codes(start, stop) & 0x77).any() for start, stop in pieces)
+
+
+def _rounding(a: Stored, b: Stored) -> str | None:
+    """Name the rounding that makes codes differ under equal scales."""
+    kinds: Counter[str] = Counter()
+    for start, stop in row_pieces(a.operand.rows, a.operand.columns):
+        one, two = (_unpacked(side.codes(start, stop)) for side in (a, b))
+        different = one != two
+        left, right = one[different].astype(np.int8), two[different].astype(np.int8)
+        step = (right & 7) - (left & 7)
+        same_sign = (left & 8) == (right & 8)
+        kinds["all"] += left.size
+        kinds["zero"] += int((((left | right) & 7) == 0).sum())
+        kinds["smaller"] += int((same_sign & (step == -1)).sum())
+        kinds["larger"] += int((same_sign & (step == 1)).sum())
+        neighbours = same_sign & (np.abs(step) == 1)
+        kinds["even"] += int((neighbours & (left & 1 == 0)).sum())
+    return _named(kinds)
+
+
+def _named(kinds: Counter[str]) -> str | None:
+    count, signs = kinds["all"], kinds["zero"]
+    if signs == count:
+        return f"{count:,} codes differ in the sign of zero alone: another convention"
+    steps = kinds["smaller"] + kinds["larger"]
+    if steps + signs != count:
+        return None
+    if kinds["larger"] == 0 or kinds["smaller"] == 0:
+        side = "b" if kinds["larger"] == 0 else "a"
+        way = "rounds ties toward zero, or truncates"
+        if kinds["even"] not in (0, steps):
+            way = "truncates instead of rounding to nearest"
+        return f"{steps:,} codes of {side} are one step nearer to zero: it {way}"
+    if kinds["even"] == steps:
+        return f"{steps:,} codes differ by one step, a's even: ties are rounded otherwise in b"
+    if kinds["even"] == 0:
+        return f"{steps:,} codes differ by one step, b's even: ties are rounded otherwise in a"
+    return f"{steps:,} codes differ by one step under equal scales: ties or another arithmetic"
+
+
+def name_zero_blocks(a: Stored, b: Stored) -> str | None:
+    """Name the conventions of either side by the scales of their blocks of zeros."""
+    named = []
+    for side in (a, b):
+        codes, scales = side.codes(0, side.operand.rows), side.scales(0, side.operand.rows)
+        empty = ~(codes.reshape(-1, _HALF_BLOCK) & 0x77).any(axis=1)
+        held = np.unique(scales.reshape(-1)[empty])
+        decode = side.decode_scale(Part.GLOBAL_SCALE)
+        if held.size != 1 or not decode:
+            return None
+        named.append(_by_zero_scale(int(held[0]), decode))
+    if None in named or named[0] == named[1]:
+        return None
+    return f"blocks of zeros have the scale of {named[0]} in a, of {named[1]} in b"
+
+
+def _by_zero_scale(byte: int, decode: float) -> str | None:
+    zeros = torch.zeros(1, BLOCK_SIZE)
+    scale = torch.tensor(decode, dtype=torch.float32)
+    names = [
+        convention.value
+        for convention in _PRODUCERS
+        if int(nvfp4.quantize_block_scales(zeros, scale, convention).view(torch.uint8)) == byte
+    ]
+    return " or ".join(names) or None

@@ -1,0 +1,262 @@
+"""What was done to the scales of an NVFP4 weight.
+
+Contract:
+    exact     a change of block scales is named only if it gives the other's bytes exactly, all of
+              them; of a global scale, if it gives its float32 to one ulp
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from nvfp4check.checkpoint import bounds
+from nvfp4check.checkpoint.audit.sources import row_pieces
+from nvfp4check.checkpoint.diff.measured import Array, Measured
+from nvfp4check.checkpoint.diff.operands import Stored
+from nvfp4check.checkpoint.naming import Part
+from nvfp4ref import layout
+from nvfp4ref.formats import E2M1, E4M3, NVFP4
+
+_ULP = 2.0**-23
+_NAN = 0x7F
+#: Largest ratio of two numbers that E4M3 rounded, each by half a step of a sixteenth.
+_TWO_ROUNDINGS = ((1 + 2.0**-4) / (1 - 2.0**-4)) ** 2
+#: Blocks that a factor is told from.
+_LEAST_BLOCKS = 16
+#: Byte of 240, the largest value of E4M3FNUZ.
+_BYTE_240 = 0x77
+#: Factors that stand for something.
+_FACTORS = {
+    E2M1.max: "6, the largest code",
+    E4M3.max: "448, the largest block scale",
+    NVFP4.full_scale: "2688, the largest code times the largest block scale",
+}
+_MANTISSA = (1 << E4M3.mantissa_bits) - 1
+
+Change = Callable[[Array], Array | None]
+
+
+def name_global_scale(a: Stored, b: Stored, found: Measured) -> str | None:
+    """Say what became of the global scale."""
+    one, two = (side.decode_scale(Part.GLOBAL_SCALE) for side in (a, b))
+    if one is None or two is None or one == two:
+        return None
+    for value, side in ((one, "a"), (two, "b")):
+        if not math.isfinite(value) or value <= 0:
+            return f"global scale of {side} is {value:g}"
+    same = "same codes and scales, " if not found.changed_codes and not found.changed_scales else ""
+    other_way = (
+        a.operand.weight.global_scale_is_reciprocal != b.operand.weight.global_scale_is_reciprocal
+    )
+    if _close(one, two):
+        return f"{same}global scale {'inverse' if other_way else 'equal'} to 1 ulp"
+    for (left, right), (this, that) in (((one, two), ("a", "b")), ((two, one), ("b", "a"))):
+        if _close(right * left, 1.0):
+            return f"{same}global scale of {that} is the reciprocal of {this}'s"
+        if _close(right, left * left):
+            return f"{same}global scale of {that} is the square of {this}'s: applied twice"
+        if right == 1.0:
+            return f"{same}global scale of {that} is 1: dropped, or folded into the block scales"
+    ratio = two / one
+    for value in (ratio, 1 / ratio):
+        nearest = round(value)
+        for factor, meaning in _FACTORS.items():
+            if _close(value, factor):
+                way = "times" if value == ratio else "over"
+                return f"{same}global scale of b is a's {way} {meaning}"
+        if 1 < nearest < 1 << 16 and _close(value, nearest):
+            way = "times" if value == ratio else "over"
+            return f"{same}global scale of b is a's {way} {nearest}: a constant factor"
+    if not same:
+        return None
+    return f"{same}global scale of b is a's times {ratio:.6g}: a constant factor"
+
+
+def systematic_factor(a: Stored, b: Stored) -> float | None:
+    """Find the factor between two weights of equal codes that rounding does not explain.
+
+    Block scale times global scale of both are roundings of one number, so their ratios scatter
+    about 1. A mean that is farther from 1 than six of its standard errors, and than the rounding of
+    the global scales, is a factor.
+    """
+    one, two = (side.decode_scale(Part.GLOBAL_SCALE) for side in (a, b))
+    if not one or not two or not math.isfinite(one) or not math.isfinite(two):
+        return None
+    values = bounds.e4m3_values()
+    count = 0
+    total = squares = 0.0
+    for start, stop in row_pieces(a.operand.rows, a.operand.columns):
+        left, right = (values[side.scales(start, stop)] for side in (a, b))
+        # Subnormal scales are too coarse to tell, and so is the largest, which clips.
+        normal = (left >= E4M3.smallest_normal) & (right >= E4M3.smallest_normal)
+        normal &= (left < E4M3.max) & (right < E4M3.max)
+        ratios = right[normal] / left[normal] - 1
+        count += ratios.size
+        total += float(ratios.sum())
+        squares += float((ratios * ratios).sum())
+    if count < _LEAST_BLOCKS:
+        return None
+    mean = total / count
+    spread = math.sqrt(max(0.0, squares / count - mean * mean) / count)
+    factor = (1 + mean) * two / one
+    return factor if abs(factor - 1) > 6 * spread + 2 * _ULP else None
+
+
+def _close(one: float, two: float) -> bool:
+    return math.isclose(one, two, rel_tol=_ULP, abs_tol=0.0)
+
+
+def name_scales(a: Stored, b: Stored) -> str | None:
+    """Say what became of the block scales."""
+    rows = a.operand.rows
+    # A sixteenth of a weight: 8 MiB for the largest. Tiles go over all of it.
+    left, right = (np.array(side.scales(0, rows)) for side in (a, b))
+    for (one, two), (this, that) in (((left, right), ("a", "b")), ((right, left), ("b", "a"))):
+        for what, change in _changes(one.shape):
+            made = change(one)
+            if made is not None and made.shape == two.shape and np.array_equal(made, two):
+                return f"block scales of {that} are {this}'s {what}"
+    return _counted(left, right)
+
+
+def _changes(shape: tuple[int, ...]) -> Iterator[tuple[str, Change]]:
+    yield "swizzled into 128x4 tiles", _swizzled
+    yield "swizzled into 128x4 tiles twice", lambda scales: _twice(_swizzled, scales)
+    yield "in 8x4 tiles", _tiles_of_8
+    yield "with the rows of every 128 permuted as for tiles", _rows_permuted
+    yield "shifted by one block", lambda scales: np.roll(scales, 1, axis=1)
+    yield "shifted by one block of a row (first kept)", _shifted_keeping_first
+    yield "shifted by one row", lambda scales: np.roll(scales, 1, axis=0)
+    if shape[0] == shape[1]:
+        yield "transposed", lambda scales: scales.T
+    yield "transposed as bytes", lambda scales: scales.T.reshape(scales.shape)
+    yield "in reverse rows", lambda scales: scales[::-1]
+    yield "with the halves of its rows swapped", lambda scales: _halves(scales, 0)
+    yield "with the halves of its columns swapped", lambda scales: _halves(scales, 1)
+    for ranks in (2, 4, 8, 16):
+        for axis, name in ((0, "rows"), (1, "columns")):
+            if shape[axis] % ranks == 0:
+                yield (
+                    f"first 1/{ranks} of its {name}, repeated: every rank took shard 0",
+                    _repeated(ranks, axis),
+                )
+    yield "rounded up to powers of two", lambda scales: _powers_of_two(scales, up=True)
+    yield "cut to powers of two", lambda scales: _powers_of_two(scales, up=False)
+    yield "clamped at 240", lambda scales: np.minimum(scales, _BYTE_240)
+    yield "numbers of their bytes: a cast where the bits were meant", _bytes_as_numbers
+    yield "with negative sign", lambda scales: scales ^ np.uint8(E4M3.sign_bit)
+    for exponent in range(1, 9):
+        yield f"times 2**{exponent}: the exponent is off", _exponent_moved(exponent)
+
+
+def _swizzled(scales: Array) -> Array | None:
+    rows, columns = scales.shape
+    if rows % 128 or columns % 4:
+        return None
+    flat = layout.swizzle(torch.from_numpy(scales.copy()).view(torch.float8_e4m3fn))
+    return flat.view(torch.uint8).numpy().reshape(rows, columns)
+
+
+def _twice(change: Change, scales: Array) -> Array | None:
+    once = change(scales)
+    return None if once is None else change(once)
+
+
+def _tiles_of_8(scales: Array) -> Array | None:
+    rows, columns = scales.shape
+    if rows % 8 or columns % 4:
+        return None
+    made = np.empty(scales.size, np.uint8)
+    made[layout.offsets_8x4(rows, columns).numpy().reshape(-1)] = scales.reshape(-1)
+    return made.reshape(rows, columns)
+
+
+def _rows_permuted(scales: Array) -> Array | None:
+    rows, columns = scales.shape
+    if rows % 128:
+        return None
+    # Row r of a tile lies at 4 (r mod 32) + r // 32 of its 128.
+    tiles = scales.reshape(rows // 128, 4, 32, columns)
+    return tiles.transpose(0, 2, 1, 3).reshape(rows, columns)
+
+
+def _shifted_keeping_first(scales: Array) -> Array:
+    return np.concatenate([scales[:, :1], scales[:, :-1]], axis=1)
+
+
+def _halves(scales: Array, axis: int) -> Array | None:
+    return None if scales.shape[axis] % 2 else np.roll(scales, scales.shape[axis] // 2, axis=axis)
+
+
+def _repeated(ranks: int, axis: int) -> Change:
+    def change(scales: Array) -> Array:
+        first = np.split(scales, ranks, axis=axis)[0]
+        return np.concatenate([first] * ranks, axis=axis)
+
+    return change
+
+
+def _powers_of_two(scales: Array, *, up: bool) -> Array:
+    if up:
+        moved = np.minimum((scales.astype(np.int16) + _MANTISSA) & ~_MANTISSA, 0x78)
+    else:
+        moved = scales.astype(np.int16) & ~_MANTISSA
+    # Below the normal range every byte has its own leading bit.
+    small = scales < 1 << E4M3.mantissa_bits
+    size = np.where(scales == 0, 1, scales).astype(np.float64)
+    power = np.exp2(np.ceil(np.log2(size)) if up else np.floor(np.log2(size)))
+    return np.where(small, np.where(scales == 0, 0, power), moved).astype(np.uint8)
+
+
+def _bytes_as_numbers(scales: Array) -> Array:
+    values = torch.arange(256, dtype=torch.float32).to(torch.float8_e4m3fn)
+    return np.asarray(values.view(torch.uint8).numpy()[scales])
+
+
+def _exponent_moved(exponent: int) -> Change:
+    def change(scales: Array) -> Array | None:
+        moved = scales.astype(np.int16) + (exponent << E4M3.mantissa_bits)
+        low = scales < 1 << E4M3.mantissa_bits
+        return None if low.any() or (moved >= _NAN).any() else moved.astype(np.uint8)
+
+    return change
+
+
+def _counted(left: Array, right: Array) -> str | None:
+    """Say what the differing scales have in common, where they have."""
+    different = left != right
+    count = int(different.sum())
+    one, two = left[different], right[different]
+    for this, that, side in ((one, two, "b"), (two, one, "a")):
+        void = ((that & _NAN) == _NAN) & ((this & _NAN) != _NAN)
+        if void.any():
+            return f"{int(void.sum()):,} block scales of {side} are NaN{_moved(this, that, ~void)}"
+        if (that == 0).all():
+            return f"{count:,} block scales of {side} became 0"
+        if (that == _BYTE_240).all() and (this > _BYTE_240).all():
+            return f"{count:,} block scales of {side} are clamped at 240"
+        if (that == 0x7E).all():
+            return f"{count:,} block scales of {side} are saturated at 448"
+    pairs = [_pairwise_equal(scales) for scales in (left, right)]
+    if pairs[0] != pairs[1]:
+        return f"block scales of {'a' if pairs[0] else 'b'} are pairwise equal: blocks of 32"
+    powers = [not (scales & _MANTISSA).any() for scales in (left, right)]
+    if powers[0] != powers[1]:
+        return f"block scales of {'a' if powers[0] else 'b'} are powers of two"
+    return None
+
+
+def _pairwise_equal(scales: Array) -> bool:
+    return scales.shape[1] % 2 == 0 and bool((scales[:, ::2] == scales[:, 1::2]).all())
+
+
+def _moved(one: Array, two: Array, rest: Array) -> str:
+    """Say by what factor the other scales moved, where all of them did by one."""
+    values = bounds.e4m3_values()
+    known = rest & (one != 0)
+    ratios = values[two[known]] / values[one[known]]
+    if ratios.size and ratios.min() > 0 and ratios.max() / ratios.min() < _TWO_ROUNDINGS:
+        return f", the others times {float(np.median(ratios)):.3g}"
+    return ""
