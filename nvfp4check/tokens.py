@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nvfp4check.checkpoint.documents import MAX_JSON_BYTES
 from nvfp4check.checkpoint.storage import Storage, StorageError
 from nvfp4check.findings import CheckError
 
@@ -168,7 +169,12 @@ def _begin_token(storage: Storage) -> str | None:
 
 
 def _read(storage: Storage, name: str) -> str:
+    size = storage.list()[name]
+    if size > MAX_JSON_BYTES:
+        raise CheckError(
+            f"{storage.location}/{name}: {size:,} bytes, expected at most {MAX_JSON_BYTES:,}"
+        )
     try:
-        return storage.read(name, 0, storage.list()[name]).decode("utf-8")
+        return storage.read(name, 0, size).decode("utf-8")
     except (StorageError, UnicodeDecodeError) as error:
         raise CheckError(f"{storage.location}/{name}: {error}") from error

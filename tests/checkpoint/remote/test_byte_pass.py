@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import fsspec
 import numpy as np
 import pytest
+import torch
 
 from nvfp4check.checkpoint.ahead import AHEAD_BYTES, PIECE_BYTES, Ahead, FileRange, RangedBytes
 from nvfp4check.checkpoint.editing import CheckpointEditor
@@ -21,6 +22,8 @@ from nvfp4check.checkpoint.remote import Retry
 from nvfp4check.checkpoint.storage import LocalStorage, StorageError
 from nvfp4check.checkpoint.validation import ValidationOptions, validate
 from nvfp4check.findings import CheckError
+from nvfp4check.forward.streaming import run_forward
+from nvfp4check.tokens import Prompt
 
 SHARD = "model-00001-of-000002.safetensors"
 EXPERT = "model.layers.1.mlp.experts.3.up_proj"
@@ -126,6 +129,61 @@ def test_inspect_is_the_same_over_http(server: SimpleNamespace, golden: SimpleNa
     local = inspect(open_checkpoint(golden.nvfp4)).to_json()
     assert remote.pop("location") != local.pop("location")
     assert remote == local
+
+
+def test_the_audit_against_a_base_is_the_same_over_http(
+    serve: Callable[[Path], SimpleNamespace], damaged: Path, golden: SimpleNamespace
+) -> None:
+    local = found_in(open_checkpoint(damaged), base=open_checkpoint(golden.fp8))
+    assert "NV7" in local
+    base = open_checkpoint(serve(golden.fp8).url)
+    assert (
+        found_in(open_checkpoint(serve(damaged).url), base=base).replace(
+            base.location, str(golden.fp8)
+        )
+        == local
+    )
+
+
+def test_an_interrupted_run_goes_on_unless_the_file_is_another(
+    server: SimpleNamespace,
+    golden: SimpleNamespace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("nvfp4check.checkpoint.byte_pass._ITEM_BYTES", 50_000)
+    whole = found_in(open_checkpoint(golden.nvfp4))
+    journal = tmp_path / "journal"
+
+    def sent_by_run(faults: list[int | str | None], resume: bool) -> int:
+        checkpoint = hasty(server.url)
+        before, server.faults = server.sent, list(faults)
+        options = {"journal": journal, "resume": resume}
+        if faults:
+            with pytest.raises(CheckError, match="status 403"):
+                found_in(checkpoint, **options)
+        else:
+            assert found_in(checkpoint, **options) == whole
+        server.faults = []
+        return server.sent - before
+
+    everything = sent_by_run([], resume=False)
+    sent_by_run([None] * 60 + [403], resume=False)
+    kept = journal.read_bytes()
+    rest = sent_by_run([], resume=True)
+    assert rest < everything
+    journal.write_bytes(kept)
+    server.etags[SHARD] = '"another"'
+    assert sent_by_run([], resume=True) == everything
+
+
+def test_the_forward_pass_over_http_is_the_local_one(
+    server: SimpleNamespace, golden: SimpleNamespace, tmp_path: Path
+) -> None:
+    prompts = [Prompt(id="x", tokens=(0, 41, 574))]
+    remote = run_forward(server.url, prompts, tmp_path / "remote")
+    local = run_forward(golden.nvfp4, prompts, tmp_path / "local")
+    assert torch.equal(remote.run.logits("x"), local.run.logits("x"))
 
 
 def test_the_command_line_checks_a_url_and_says_when_it_cannot(
