@@ -94,6 +94,9 @@ def _test(law: Property) -> Callable[[KernelSuite, pytest.FixtureRequest], None]
         if outcome.verdict is Verdict.SKIP:
             pytest.skip(outcome.message)
         if outcome.verdict is Verdict.FAIL:
+            from nvfp4check.faults.diagnosis import with_diagnosis
+
+            outcome = with_diagnosis(outcome, self.kernel, setting)
             pytest.fail(report(outcome, setting), pytrace=False)
 
     test.__name__ = test_name(law)

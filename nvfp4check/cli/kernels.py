@@ -1,11 +1,11 @@
-"""`nvfp4check kernels list|test|codegen|bench`: kernels held to the laws of their operation."""
+"""`nvfp4check kernels list|test|power|codegen|bench`: kernels held to their operation's laws."""
 
 from typing import Annotated, Any
 
 import typer
 
 import nvfp4check
-from nvfp4check.cli import kernels_bench, kernels_codegen
+from nvfp4check.cli import kernels_bench, kernels_codegen, kernels_power
 from nvfp4check.cli.command import command, make_app
 from nvfp4check.cli.exit_codes import ExitCode
 from nvfp4check.cli.options import OutputOption, PlainFormatOption, chosen_format, write
@@ -78,6 +78,7 @@ def try_(
     return ExitCode.HOLDS
 
 
+command(app, examples=kernels_power.EXAMPLES)(kernels_power.power)
 command(app, examples=kernels_codegen.EXAMPLES)(kernels_codegen.codegen)
 command(app, examples=kernels_bench.EXAMPLES)(kernels_bench.bench)
 
@@ -162,17 +163,12 @@ def outcome_document(
 
 
 def _run(one: Any, device: str, seed: int, max_examples: int | None) -> dict[str, Any]:
-    from functools import partial
-
-    from nvfp4check.ops import OPERATIONS
+    from nvfp4check.cli.kernels_found import bound
+    from nvfp4check.faults.diagnosis import with_diagnosis
     from nvfp4check.properties import properties_of
     from nvfp4check.properties.law import DEFAULT_EXAMPLES, Setting
-    from nvfp4check.tolerance import Facts
 
-    kernel = one.kernel()
-    facts = Facts(**one.facts) if one.facts else Facts.declared_by(kernel)
-    if one.name in ("reference", "triton") and OPERATIONS[one.operation].has_convention:
-        kernel = partial(kernel, convention=one.convention)
+    kernel, facts = bound(one)
     setting = Setting(
         convention=one.convention,
         facts=facts,
@@ -180,7 +176,10 @@ def _run(one: Any, device: str, seed: int, max_examples: int | None) -> dict[str
         seed=seed,
         max_examples=DEFAULT_EXAMPLES if max_examples is None else max_examples,
     )
-    outcomes = [law.run(kernel, setting) for law in properties_of(one.operation)]
+    outcomes = [
+        with_diagnosis(law.run(kernel, setting), kernel, setting)
+        for law in properties_of(one.operation)
+    ]
     verdicts = {outcome.verdict.value for outcome in outcomes}
     return {
         "schema": "nvfp4check/kernels/1",

@@ -3,6 +3,7 @@
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -124,6 +125,17 @@ def with_convention(one: Implementation, convention: str | None) -> Implementati
         choices = ", ".join(sorted(str(choice) for choice in _conventions()))
         raise CheckError(f"unknown convention {named!r}: choose one of {choices}")
     return replace(one, convention=str(named))
+
+
+def bound(one: Implementation) -> tuple[Any, Any]:
+    """Return a kernel, with its convention bound if it takes one, and the facts it declares."""
+    from nvfp4check.tolerance import Facts
+
+    kernel = one.kernel()
+    facts = Facts(**one.facts) if one.facts else Facts.declared_by(kernel)
+    if one.name in ("reference", "triton") and OPERATIONS[one.operation].has_convention:
+        kernel = partial(kernel, convention=one.convention)
+    return kernel, facts
 
 
 def _conventions() -> Any:

@@ -75,6 +75,9 @@ def _shapes(setting: Setting) -> Iterator[Case]:
         codes = inputs.random_codes(generator, rows, blocks * 8)
         scales = inputs.random_scales(generator, rows, blocks)
         yield _case(f"{rows} x {blocks * BLOCK_SIZE}", codes, scales, 0.5, torch.bfloat16)
+    generator = setting.generator(21)
+    square = inputs.random_codes(generator, 48, 24), inputs.random_scales(generator, 48, 3)
+    yield _case("48 x 48, square", *square, 2.0**-9, torch.float32)
 
 
 def _no_rows(setting: Setting) -> Iterator[Case]:

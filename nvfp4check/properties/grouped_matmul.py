@@ -26,6 +26,9 @@ GROUPS = (
     (0, 0, 0, 0),
 )
 
+#: Groups, N and blocks: more rows and columns than a tile of 128, and square operands.
+SEVERAL_TILES = (((70, 0, 61), 130, 5), ((20, 0, 28), 48, 3))
+
 
 def _case(
     label: str,
@@ -78,6 +81,24 @@ def _certified(setting: Setting) -> Iterator[Case]:
             for dtype in (torch.float32, torch.bfloat16):
                 label = f"groups {groups}, {columns} x {blocks * BLOCK_SIZE}"
                 yield _case(label, a, b, groups, _powers(len(groups)), dtype)
+    for groups, columns, blocks in SEVERAL_TILES:
+        generator = setting.generator(21, blocks)
+        a = products.operand(generator, sum(groups), blocks, certified=True)
+        b = _experts(generator, len(groups), columns, blocks, certified=True)
+        label = f"groups {groups}, {columns} x {blocks * BLOCK_SIZE}"
+        yield _case(label, a, b, groups, _powers(len(groups)))
+
+
+def _nan_scales(setting: Setting) -> Iterator[Case]:
+    groups, blocks, columns = (5, 0, 3, 8), 5, 24
+    for byte in (0x7F, 0xFF):
+        generator = setting.generator(22, byte)
+        a = products.operand(generator, sum(groups), blocks, certified=True)
+        b = _experts(generator, len(groups), columns, blocks, certified=True)
+        a[1].view(torch.uint8)[6, 4] = byte
+        b[1].view(torch.uint8)[3, 17, 0] = byte
+        label = f"scale {byte:#x} in one block of A and of the last expert"
+        yield _case(label, a, b, groups, _powers(len(groups)))
 
 
 def _wide(setting: Setting) -> Iterator[Case]:
@@ -177,6 +198,12 @@ PROPERTIES = (
         name="scales-read-back",
         law="a scale that names its expert, row and block is read from there",
         generate=_scale_places,
+        check=_check_bits,
+    ),
+    _law(
+        name="nan-scales",
+        law="a NaN block scale makes its row or its expert's column NaN, and nothing else",
+        generate=_nan_scales,
         check=_check_bits,
     ),
     _law(

@@ -31,6 +31,9 @@ from nvfp4ref.formats import BLOCK_SIZE
 
 NAME = "matmul"
 
+#: M, N and blocks: more than two tiles of 128 down and one across, and square operands.
+SEVERAL_TILES = ((257, 130, 5), (48, 48, 3))
+
 
 def ordinary(setting: Setting) -> Iterator[Case]:
     """One small certified case a dtype."""
@@ -50,6 +53,11 @@ def _certified(setting: Setting) -> Iterator[Case]:
         for dtype in (torch.float32, torch.bfloat16):
             label = f"{rows} x {columns} x {blocks * BLOCK_SIZE} {_short(dtype)}"
             yield case(label, a, b, ONE, dtype)
+    for rows, columns, blocks in SEVERAL_TILES:
+        generator = setting.generator(21, rows)
+        a = operand(generator, rows, blocks, certified=True)
+        b = operand(generator, columns, blocks, certified=True)
+        yield case(f"{rows} x {columns} x {blocks * BLOCK_SIZE}", a, b)
 
 
 def _every_k(setting: Setting) -> Iterator[Case]:
@@ -130,10 +138,13 @@ def _nan_scales(setting: Setting) -> Iterator[Case]:
         a_codes, a_scales = operand(generator, 40, 6, certified=True)
         b_codes, b_scales = operand(generator, 24, 6, certified=True)
         a_scales.view(torch.uint8)[17, 4] = byte
+        a_scales.view(torch.uint8)[3, 2] = byte
         b_scales.view(torch.uint8)[5, 0] = byte
         a_codes[17, 32:40] = 0  # zero codes under a NaN scale are NaN too
         yield case(
-            f"scale {byte:#x} in one block of A and of B", (a_codes, a_scales), (b_codes, b_scales)
+            f"scale {byte:#x} in two blocks of A and one of B",
+            (a_codes, a_scales),
+            (b_codes, b_scales),
         )
 
 

@@ -1,0 +1,198 @@
+"""Which planted faults a suite sees, and which of them a tolerance rule would let pass.
+
+Contract:
+    seen      the first property that fails on the wrong computation; a fault that raises is an
+              error of the catalogue, not something seen
+    reference faults are planted in the reference, which divides as IEEE 754 does: that is declared
+    rule      seen where some result of the fault is not accepted, on one sample of the rule's own
+              random inputs; then on every product of the suite, compared with the exact product
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nvfp4check.compare import Zeros, bits
+from nvfp4check.faults import faults_of
+from nvfp4check.faults.base import Form, KernelFault
+from nvfp4check.faults.published_rules import PublishedRule
+from nvfp4check.faults.variants import Variant, correct_variants
+from nvfp4check.ops import OPERATIONS, Inputs, Kernel
+from nvfp4check.properties import properties_of
+from nvfp4check.properties.law import Case, Setting, Verdict
+from nvfp4check.tolerance import Facts, Reciprocal
+from nvfp4ref.matmul import exact
+
+#: The convention faults are planted under where none is asked for.
+CONVENTION = "engine"
+
+
+class BrokenFaultError(RuntimeError):
+    """A planted fault raised instead of computing something wrong."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sighting:
+    """One planted fault, and the property that saw it."""
+
+    fault: KernelFault
+    form: Form
+    convention: str | None
+    seen_by: str | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Acceptance:
+    """One correct variant, and the property that rejected it."""
+
+    variant: Variant
+    rejected_by: str | None
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuleOutcome:
+    """What a rule sees of the planted faults of `matmul` on one kind of inputs."""
+
+    #: Faults whose result differs there from the right one at all.
+    showing: tuple[str, ...]
+    #: Faults that the rule does not accept.
+    seen: tuple[str, ...]
+    #: Correct variants that the rule does not accept.
+    refused: tuple[str, ...]
+
+
+def first_broken_law(kernel: Kernel, operation: str, setting: Setting) -> tuple[str | None, str]:
+    """Return the first property that a kernel breaks, and what it says."""
+    for law in properties_of(operation):
+        outcome = law.run(kernel, setting)
+        if outcome.verdict is Verdict.FAIL:
+            return law.name, outcome.message
+    return None, ""
+
+
+def sight(
+    operation: str,
+    *,
+    convention: str | None = None,
+    kernel: Kernel | None = None,
+    facts: Facts | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Iterator[Sighting]:
+    """Plant every fault of an operation and yield what saw it.
+
+    With a kernel, only the faults that go around one are planted, in that kernel.
+
+    Raises:
+        BrokenFaultError: A fault planted in the reference raised.
+    """
+    declared = facts or Facts(reciprocal=Reciprocal.IEEE)
+    for fault, form in faults_of(operation):
+        named = form.convention_for(convention or CONVENTION)
+        if kernel is not None and (not form.around or named not in (None, convention)):
+            continue
+        started = time.perf_counter()
+        wrong = form.apply(named, kernel)
+        setting = Setting(convention=named, facts=declared, device=device, seed=seed)
+        seen_by, message = first_broken_law(wrong, operation, setting)
+        if kernel is None and "\nraised " in message:
+            raise BrokenFaultError(f"{fault.id} in {operation} raised:\n{message}")
+        seconds = time.perf_counter() - started
+        yield Sighting(fault=fault, form=form, convention=named, seen_by=seen_by, seconds=seconds)
+
+
+def accept(operation: str, seed: int = 0) -> Iterator[Acceptance]:
+    """Try every correct variant of an operation and yield what rejected it."""
+    for variant in correct_variants(operation):
+        setting = Setting(convention=variant.convention, facts=variant.facts, seed=seed)
+        rejected_by, message = first_broken_law(variant.kernel, operation, setting)
+        yield Acceptance(variant=variant, rejected_by=rejected_by, message=message)
+
+
+def named(fault: KernelFault, form: Form) -> str:
+    """Return a fault's id, with its form where there are several."""
+    return f"{fault.id} {form.label}".strip()
+
+
+def planted_in_matmul() -> dict[str, Kernel]:
+    """Return the wrong kernels of `matmul` by name."""
+    return {named(fault, form): form.apply() for fault, form in faults_of("matmul")}
+
+
+def on_own_inputs(rule: PublishedRule, seed: int = 0, *, model_sized: bool = False) -> RuleOutcome:
+    """Return what a rule sees on one sample of the inputs that its project's tests draw.
+
+    With `model_sized`, on random inputs as large as a model's activations and weights.
+    """
+    sample = rule.model_sized_sample(seed) if model_sized else rule.sample(seed)
+    expected = sample.unquantised if rule.against_unquantised else sample.quantised
+    return outcomes_on([(sample.inputs, expected)], (rule,))[rule.name]
+
+
+def on_our_inputs(rules: Sequence[PublishedRule], seed: int = 0) -> dict[str, RuleOutcome]:
+    """Return what rules see on the products of the suite."""
+    return outcomes_on(_products_of_the_suite(seed), rules)
+
+
+def outcomes_on(
+    products: Iterable[tuple[Inputs, torch.Tensor]], rules: Sequence[PublishedRule]
+) -> dict[str, RuleOutcome]:
+    """Return what each rule sees on some products, each with what it is compared with."""
+    wrong = planted_in_matmul()
+    right = {one.name: one.kernel for one in correct_variants("matmul")}
+    showing: set[str] = set()
+    unseen = {rule.name: set(wrong) for rule in rules}
+    accepted = {rule.name: set(right) for rule in rules}
+    operation = OPERATIONS["matmul"]
+    for inputs, expected in products:
+        truth = operation.call(operation.reference(), inputs)[0]
+        for name, kernel in {**wrong, **right}.items():
+            open_to = unseen if name in wrong else accepted
+            asked = [rule for rule in rules if name in open_to[rule.name]]
+            if not asked and (name in showing or name in right):
+                continue
+            actual = operation.call(kernel, inputs)[0]
+            if name in wrong and not _same(actual, truth):
+                showing.add(name)
+            for rule in asked:
+                if not rule.accepts(actual, expected):
+                    open_to[rule.name].discard(name)
+    return {
+        rule.name: RuleOutcome(
+            showing=tuple(name for name in wrong if name in showing),
+            seen=tuple(name for name in wrong if name not in unseen[rule.name]),
+            refused=tuple(name for name in right if name not in accepted[rule.name]),
+        )
+        for rule in rules
+    }
+
+
+def _same(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bits(actual, expected, zeros=Zeros.UNSIGNED).holds
+
+
+def _products_of_the_suite(seed: int) -> Iterator[tuple[Inputs, torch.Tensor]]:
+    for case in cases_of("matmul", Setting(seed=seed)):
+        taken = case.inputs
+        operands = (taken[f"{side}_{part}"] for side in "ab" for part in ("codes", "scales"))
+        yield taken, exact(*operands).value * taken["alpha"].double()
+
+
+def cases_of(
+    operation: str,
+    setting: Setting,
+    keep: Callable[[Case], bool] = lambda case: True,
+    of_each: int | None = None,
+) -> Iterator[Case]:
+    """Yield cases of an operation's properties that are complete calls: all, or some of each."""
+    required = {value.name for value in OPERATIONS[operation].arguments if not value.optional}
+    for law in properties_of(operation):
+        complete = (
+            case for case in law.generate(setting) if required <= set(case.inputs) and keep(case)
+        )
+        yield from itertools.islice(complete, of_each)
