@@ -6,9 +6,14 @@ Contract:
     unit        both are taken to be at least u, the unit roundoff of the stored dtype: what is
                 smaller is how the values were stored
     ratio       mean over all tokens of log(e / f), paired by token
-    diverges    the lower bound of the ratio lies above 0. Many points are tested, so the level of
-                each is `alpha` divided by their number: a candidate that is only noise is called
-                divergent at any point with probability `alpha` at most
+    excess      mean over all tokens of log(1 + (e / s)^2) - log(1 + (f / s)^2), s the median of f:
+                a fault that only some tokens meet, as that of one expert, shows in it, where the
+                logarithm of the many small errors would hide it; and a single token that went to
+                other experts does not outweigh all others, as it would in a mean of squares
+    diverges    the lower bound of the ratio or of the excess lies above 0. Many points are tested,
+                two ways each, so the level of each test is `alpha` divided by their number: a
+                candidate that is only noise is called divergent at any point with probability
+                `alpha` at most, as far as the mean of its segments is normal
     router      the choice of experts diverges by the first flip that the error of the scores does
                 not explain; without scores, by the first flip where no noise run has one
     token       the first whose error is above every token's floor; where there is none, the one
@@ -24,7 +29,7 @@ import torch
 
 from nvfp4check.agreement.layers import Place, PointAgreement
 from nvfp4check.agreement.routing import Flip, LayerRouting
-from nvfp4check.agreement.statistics import estimate
+from nvfp4check.agreement.statistics import Estimate, estimate
 
 ROUTER_EXPERTS = "router_experts"
 NOISE_FLOOR = "noise floor"
@@ -56,6 +61,9 @@ class HeldPoint:
     #: Mean log ratio of error and floor, and its lower bound.
     log_ratio: float | None = None
     log_ratio_low: float | None = None
+    #: Mean excess of the error over the floor, and its lower bound.
+    excess: float | None = None
+    excess_low: float | None = None
     #: None where there was nothing to hold it against.
     diverges: bool | None = None
     #: The token by which it diverges.
@@ -101,7 +109,7 @@ def hold(
         whole = bitwise.get((point.layer, source)) if source else None
         floors = [run[point.key] for run in noise if point.key in run]
         if noise and len(floors) == len(noise):
-            found = _against(point, floors, units[point.key], alpha / len(points), seed)
+            found = _against(point, floors, units[point.key], alpha / (2 * len(points)), seed)
             held.append(replace(found, input_bitwise=whole))
         else:
             held.append(HeldPoint(agreement=point, input_bitwise=whole))
@@ -126,8 +134,10 @@ def _against(
     boundless = any(bool(ratio.isposinf().any()) for ratio in ratios.values())
     found = estimate([r.nan_to_num(nan=math.nan, posinf=0.0) for r in ratios.values()], seed)
     low = found.lower_bound(alpha) if found.resamples else None
+    excess = _excess(errors, floor, seed)
+    excess_low = excess.lower_bound(alpha) if excess.resamples else None
     diverges = boundless or bool(point.nonfinite_candidate > point.nonfinite_reference)
-    diverges = diverges or (low is not None and low > 0)
+    diverges = diverges or any(bound is not None and bound > 0 for bound in (low, excess_low))
     squares_of = [run.relative_error**2 for run in floors]
     return HeldPoint(
         agreement=point,
@@ -135,9 +145,24 @@ def _against(
         floor=math.sqrt(sum(squares_of) / len(squares_of)),
         log_ratio=found.mean if math.isfinite(found.mean) else None,
         log_ratio_low=low,
+        excess=excess.mean if math.isfinite(excess.mean) else None,
+        excess_low=excess_low,
         diverges=diverges,
         place=_place(point, errors, floor, ratios) if diverges else None,
     )
+
+
+def _excess(
+    errors: Mapping[str, torch.Tensor], floor: Mapping[str, torch.Tensor], seed: int
+) -> Estimate:
+    """Estimate the mean excess."""
+    every = torch.cat(list(floor.values())) if floor else torch.empty(0, dtype=torch.float64)
+    typical = every.nanmedian() if every.numel() else torch.tensor(math.nan)
+
+    def size(values: torch.Tensor) -> torch.Tensor:
+        return torch.log1p((values / typical).square())
+
+    return estimate([size(error) - size(floor[prompt]) for prompt, error in errors.items()], seed)
 
 
 def _place(

@@ -110,6 +110,8 @@ def _point(point: HeldPoint) -> dict[str, Any]:
         "floor": number(point.floor),
         "log_ratio": number(point.log_ratio),
         "log_ratio_low": number(point.log_ratio_low),
+        "excess": number(point.excess),
+        "excess_low": number(point.excess_low),
         "diverges": point.diverges,
         "nonfinite_reference": agreement.nonfinite_reference,
         "nonfinite_candidate": agreement.nonfinite_candidate,

@@ -158,7 +158,6 @@ def _whole(full: Source, top: Source) -> bool:
     return bool(((top.rows.tokens >= 0).sum(-1) >= full.vocabulary).all())
 
 
-
 def _rows(side: Source, other: Source, first: int, stop: int, after: torch.Tensor) -> TopRows:
     """Return the positions of a side; one with full logits looks up the other's tokens."""
     if isinstance(side, Top):
