@@ -9,6 +9,10 @@ from collections.abc import Sequence
 
 #: Name to (module, one line of help).
 BENCHES: dict[str, tuple[str, str]] = {
+    "audit": (
+        "nvfp4check.bench.audit",
+        "the audit against an FP8 base, beside others' dequantisation of the same weights",
+    ),
     "bytepass": (
         "nvfp4check.bench.bytepass",
         "the byte pass against the speed at which the same files are merely read",
@@ -17,9 +21,17 @@ BENCHES: dict[str, tuple[str, str]] = {
         "nvfp4check.bench.dequantize",
         "NVFP4 and FP8 to BF16, beside ModelOpt, torchao and compressed-tensors",
     ),
+    "diff": (
+        "nvfp4check.bench.diff",
+        "equal and different checkpoints compared, against merely reading them",
+    ),
     "exhaustive": (
         "nvfp4check.bench.exhaustive",
         "all 2**32 float32 values through E2M1 and E4M3, against independent casts",
+    ),
+    "fuzz": (
+        "nvfp4check.bench.fuzz",
+        "hostile checkpoints through validate: no traceback, no hang, bounded memory",
     ),
     "forward": (
         "nvfp4check.bench.forward",

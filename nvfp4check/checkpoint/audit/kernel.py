@@ -180,10 +180,13 @@ def _judge_scale(
     byte: int, amax_bits: Any, numbers: Any, counts: Any, scale_differs: Any
 ) -> tuple[bool, bool]:
     """Hold a scale byte against every way; say whether it is explained, and whether it clips."""
-    _, _, _, outside, decode_encode, dtype = numbers
+    _, _, _, sure, outside, decode_encode, dtype = numbers
     amax = float_of(amax_bits)
     explained = outside[byte, 0] <= amax_bits <= outside[byte, 1]
+    is_sure = sure[byte, 0] <= amax_bits <= sure[byte, 1]
     for way in range(SCALE_WAYS.shape[0]):
+        if is_sure and SCALE_WAYS[way, 0] != _QUOTIENT:
+            continue
         made = scale_byte(way, amax, decode_encode[0], decode_encode[1], dtype)
         if made == U(byte):
             explained = True
@@ -206,7 +209,7 @@ def _judge_near(
     bits: Any, code: Any, byte: int, numbers: Any, counts: Any, code_differs: Any
 ) -> None:
     """Decide an element at a tie, or a zero, by exact arithmetic and by every convention's."""
-    units, _, _, _, decode_encode, _ = numbers
+    units, _, _, _, _, decode_encode, _ = numbers
     magnitude_bits = U(bits & U(0x7FFFFFFF))
     stored = U(code & U(7))
     if magnitude_bits == U(0):
@@ -278,7 +281,7 @@ def audit_rows(
         edge_blocks: Room for the numbers of all these blocks.
         extreme: List every block as an edge.
     """
-    units, factors, inside, outside, _, _ = numbers
+    units, factors, inside, _, outside, _, _ = numbers
     counts, scale_differs, code_differs, zero_blocks, places, worst = tallies
     columns = scales.shape[1]
     largest = W(0)

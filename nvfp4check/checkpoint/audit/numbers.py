@@ -7,8 +7,9 @@ Contract:
             that of the glance's product, four are its addition of 1 at the smallest midpoint, 1/4
     slack   relative error of the global scale beyond that: one ulp of float32; three roundings of
             the weight's dtype where the producer divides in it (compressed-tensors)
-    bounds  amax of a block between which every convention gives its scale byte (`inside`), and
-            beyond which none does (`outside`); float32 bits, which order as their numbers do
+    bounds  amax of a block between which every convention gives its scale byte (`inside`), every
+            one but compressed-tensors' in a dtype of 16 bits (`sure`), and beyond which none does
+            (`outside`); float32 bits, which order as their numbers do
     largest scale, 448: its block's amax is at most 6 * 448 * global scale, but for the slack
 """
 
@@ -85,6 +86,7 @@ class Numbers:
     #: One over them, a little too small and a little too large, float32.
     factors: Array
     inside: Array
+    sure: Array
     outside: Array
     #: Global decode scale, global encode scale; float32.
     globals: Array
@@ -115,13 +117,16 @@ def numbers_for(
     full = scales[_LARGEST] * E2M1.max * decode * (1 + ZONE + _ULP + wide)
     lower = np.append(0.0, middle)
     inside = _bits(lower * (1 + zone), np.append(middle * (1 - zone), full), inward=True)
+    sure = _bits(lower * (1 + ZONE), np.append(middle * (1 - ZONE), full), inward=True)
     # Below 2**-6 conventions with a least scale differ from the others.
-    inside[:_LEAST_NORMAL] = np.iinfo(np.uint32).max, 0
+    for bounds in (sure, inside):
+        bounds[:_LEAST_NORMAL] = np.iinfo(np.uint32).max, 0
     outside = _bits(lower * (1 - ZONE), np.append(middle * (1 + ZONE), full), inward=False)
     return Numbers(
         units=units,
         factors=factors,
         inside=inside,
+        sure=sure,
         outside=outside,
         globals=np.array([decode, float(global_encode)], np.float32),
         dtype=_DTYPES[dtype],

@@ -146,6 +146,7 @@ def _audit_piece(
             numbers.units,
             numbers.factors,
             numbers.inside,
+            numbers.sure,
             numbers.outside,
             numbers.globals,
             numbers.dtype,
