@@ -70,7 +70,8 @@ class RangeHandler(BaseHTTPRequestHandler):
         with self.server.lock:
             headers = {name.title(): value for name, value in self.headers.items()}
             self.server.requests.append((self.path, headers))
-        path = urllib.parse.unquote(self.path.partition("?")[0])
+        # A proxy is asked for a whole address.
+        path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
         self.serve(self.server.directory / path.lstrip("/"))
 
     def answer(self, status: int, body: bytes = b"", **headers: str) -> None:

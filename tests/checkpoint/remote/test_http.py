@@ -225,38 +225,6 @@ def test_connections_are_used_again(server: SimpleNamespace) -> None:
     assert len(accepted) <= 1
 
 
-def test_a_redirect_is_followed_and_remembered(
-    serve: Callable[[Path], SimpleNamespace], golden: SimpleNamespace
-) -> None:
-    first, second = serve(golden.nvfp4), serve(golden.nvfp4)
-    storage = opened(first)
-    first.faults = [f"{second.url}/{SHARD}"]
-    for start in range(5):
-        assert storage.read(SHARD, start, 90) == (golden.nvfp4 / SHARD).read_bytes()[start:90]
-    assert [path for path, _ in second.requests] == [f"/{SHARD}"] * 5
-    second.faults = [403]  # the address has run out: ask the first one again
-    assert storage.read(SHARD, 7, 90) == (golden.nvfp4 / SHARD).read_bytes()[7:90]
-    assert first.requests[-1][1]["Range"] == "bytes=7-89"
-
-
-def test_redirects_in_a_circle_end(server: SimpleNamespace) -> None:
-    storage = opened(server)
-    server.faults = [f"/{SHARD}"] * 99
-    with pytest.raises(CheckError, match="redirected more than 5 times"):
-        storage.read(SHARD, 0, 90)
-    assert len([1 for path, headers in server.requests if headers["Range"] == "bytes=0-89"]) == 6
-
-
-@pytest.mark.parametrize(
-    "target", ["file:///etc/passwd", "ftp://127.0.0.1/x", "data:,x", "http://[::1/x"]
-)
-def test_a_redirect_out_of_the_web_is_not_followed(server: SimpleNamespace, target: str) -> None:
-    storage = opened(server)
-    server.faults = [target]
-    with pytest.raises(CheckError, match="not followed"):
-        storage.read(SHARD, 0, 90)
-
-
 def test_a_server_that_trickles_is_given_up(server: SimpleNamespace) -> None:
     storage = opened(server)
     hasty = HttpStorage(
@@ -305,38 +273,6 @@ def test_a_server_that_was_there_is_waited_for(server: SimpleNamespace) -> None:
     assert delays == [1.0, 2.0, 4.0]
 
 
-def test_a_name_that_leads_out_is_not_asked_for(server: SimpleNamespace) -> None:
-    with pytest.raises(StorageError, match="not opened"):
-        HttpStorage(server.url).read("../config.json", 0, 1)
-    assert server.requests == []
-
-
-def test_an_index_leads_to_nothing_outside(
-    serve: Callable[[Path], SimpleNamespace], tmp_path: Path
-) -> None:
-    inside = tmp_path / "inside"
-    inside.mkdir()
-    (tmp_path / "outside.safetensors").write_bytes(b"secret")
-    names = ("../outside.safetensors", "file:///etc/passwd", "http://127.0.0.1:1/x", "/etc/passwd")
-    index = ", ".join(f'"t{place}": "{name}"' for place, name in enumerate(names))
-    (inside / "model.safetensors.index.json").write_text(f'{{"weight_map": {{{index}}}}}')
-    server = serve(tmp_path)
-    checkpoint = open_checkpoint(f"{server.url}/inside")
-    assert sorted(checkpoint.unsafe) == sorted(names)
-    assert {path.rpartition("/")[0] for path, _ in server.requests} == {"/inside"}
-
-
-def test_a_name_with_signs_of_a_url_is_a_name(
-    serve: Callable[[Path], SimpleNamespace], tmp_path: Path
-) -> None:
-    (tmp_path / "model.safetensors.index.json").write_text(
-        '{"weight_map": {"a": "x?y=#1 %41.safetensors"}}'
-    )
-    (tmp_path / "x?y=#1 %41.safetensors").write_bytes(b"12345678")
-    storage = opened(serve(tmp_path))
-    assert storage.read("x?y=#1 %41.safetensors", 0, 8) == b"12345678"
-
-
 def test_a_document_beyond_the_limit_is_not_downloaded(
     serve: Callable[[Path], SimpleNamespace], tmp_path: Path
 ) -> None:
@@ -347,22 +283,6 @@ def test_a_document_beyond_the_limit_is_not_downloaded(
     assert document is None
     assert "expected at most 100,000,000" in problems[0]
     assert server.sent < 1000
-
-
-@pytest.mark.parametrize(
-    ("url", "why"),
-    [
-        ("http://user:secret@127.0.0.1/x", "holds a login"),
-        ("http://127.0.0.1/x?token=secret", "holds a query"),
-        ("http://127.0.0.1/x#part", "holds a query or a fragment"),
-        ("http://127.0.0.1:port/x", "is no URL"),
-        ("http://[::1/x", "is no URL"),
-    ],
-)
-def test_a_url_that_cannot_be_a_folder_is_refused_without_its_secrets(url: str, why: str) -> None:
-    with pytest.raises(CheckError, match=why) as caught:
-        open_checkpoint(url)
-    assert "secret" not in str(caught.value)
 
 
 def test_a_listing_that_failed_is_made_again(server: SimpleNamespace) -> None:
