@@ -1,15 +1,17 @@
 """The first point at which two runs part by more than noise.
 
 Contract:
-    error       e of a token at a point, ||c - r|| / ||r||; that of a noise run likewise, and over
-                several noise runs f = sqrt(mean of squares)
+    error       e of a token at a point, ||c - r|| / ||r||; f that of a noise run, and over several
+                of them the geometric mean: e is then as likely above f as below if it is noise too
     unit        both are taken to be at least u, the unit roundoff of the stored dtype: what is
                 smaller is how the values were stored
     ratio       mean over all tokens of log(e / f), paired by token
-    excess      mean over all tokens of log(1 + (e / s)^2) - log(1 + (f / s)^2), s the median of f:
-                a fault that only some tokens meet, as that of one expert, shows in it, where the
-                logarithm of the many small errors would hide it; and a single token that went to
-                other experts does not outweigh all others, as it would in a mean of squares
+    excess      mean over all tokens of log+(e / s) - log+(f / s), the latter's mean over the noise
+                runs, s the 90 % quantile of all e and f together, log+ the logarithm where it is
+                above 0 and 0 elsewhere: a fault that only some tokens meet, as that of one expert,
+                shows in it, where the many small errors of the others would hide it from the
+                ratio; and a single token that went to other experts does not outweigh all others,
+                as it would in a mean of squares
     diverges    the lower bound of the ratio or of the excess lies above 0. Many points are tested,
                 two ways each, so the level of each test is `alpha` divided by their number: a
                 candidate that is only noise is called divergent at any point with probability
@@ -25,6 +27,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from nvfp4check.agreement.layers import Place, PointAgreement
@@ -32,6 +35,9 @@ from nvfp4check.agreement.routing import Flip, LayerRouting
 from nvfp4check.agreement.statistics import Estimate, estimate
 
 ROUTER_EXPERTS = "router_experts"
+#: Share of the errors and floors below what counts as high.
+HIGH_SHARE = 0.9
+
 NOISE_FLOOR = "noise floor"
 SCORE_ERROR = "error of the scores"
 NOTHING = "nothing"
@@ -123,18 +129,21 @@ def _against(
     alpha: float,
     seed: int,
 ) -> HeldPoint:
-    errors, floor = {}, {}
+    errors: dict[str, torch.Tensor] = {}
+    floor: dict[str, torch.Tensor] = {}
+    runs: dict[str, torch.Tensor] = {}
     for prompt, error in point.errors.items():
         if all(prompt in run.errors for run in floors):
-            squares = torch.stack([run.errors[prompt].square() for run in floors])
-            floor[prompt] = squares.mean(0).sqrt().clamp(min=unit)
+            each = torch.stack([run.errors[prompt] for run in floors]).clamp(min=unit)
+            runs[prompt] = each
+            floor[prompt] = each.log().mean(0).exp()
             errors[prompt] = error.clamp(min=unit)
     ratios = {prompt: (errors[prompt] / floor[prompt]).log() for prompt in errors}
     # An infinite error is a divergence, and no number to take a mean of.
     boundless = any(bool(ratio.isposinf().any()) for ratio in ratios.values())
     found = estimate([r.nan_to_num(nan=math.nan, posinf=0.0) for r in ratios.values()], seed)
     low = found.lower_bound(alpha) if found.resamples else None
-    excess = _excess(errors, floor, seed)
+    excess = _excess(errors, runs, seed)
     excess_low = excess.lower_bound(alpha) if excess.resamples else None
     diverges = boundless or bool(point.nonfinite_candidate > point.nonfinite_reference)
     diverges = diverges or any(bound is not None and bound > 0 for bound in (low, excess_low))
@@ -153,16 +162,22 @@ def _against(
 
 
 def _excess(
-    errors: Mapping[str, torch.Tensor], floor: Mapping[str, torch.Tensor], seed: int
+    errors: Mapping[str, torch.Tensor], runs: Mapping[str, torch.Tensor], seed: int
 ) -> Estimate:
-    """Estimate the mean excess."""
-    every = torch.cat(list(floor.values())) if floor else torch.empty(0, dtype=torch.float64)
-    typical = every.nanmedian() if every.numel() else torch.tensor(math.nan)
+    """Estimate the mean excess over the errors [noise runs, T] of the noise."""
+    flat = [*errors.values(), *(each.flatten() for each in runs.values())]
+    every = torch.cat(flat) if flat else torch.empty(0)
+    every = every[every.isfinite()].double()
+    if not every.numel():
+        return estimate([])
+    high = float(np.quantile(every.numpy(), HIGH_SHARE))
 
-    def size(values: torch.Tensor) -> torch.Tensor:
-        return torch.log1p((values / typical).square())
+    def above(values: torch.Tensor) -> torch.Tensor:
+        return (values / high).log().clamp(min=0.0)  # NaN stays, and is left out
 
-    return estimate([size(error) - size(floor[prompt]) for prompt, error in errors.items()], seed)
+    return estimate(
+        [above(error) - above(runs[prompt]).mean(0) for prompt, error in errors.items()], seed
+    )
 
 
 def _place(

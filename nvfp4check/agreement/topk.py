@@ -9,8 +9,9 @@ Contract:
                 down to zero. `kl_if_bounded` takes every unlisted token's log(p / q) to be at most
                 the largest of C, and is an estimate under that assumption, no bound
     jsd         a lower bound, for the same reason
-    pR, qR      1 - sum over C, known to `slack`: log-probabilities are float32 texts, so each p
-                has a relative error of 2**-24 * (1 + |log p|). The bound takes the worst of that
+    rounding    log-probabilities are float32: log p is off by 2**-24 |log p|, and p by as much
+                of itself. What this can add to the sum over C is taken off the bound
+    pR, qR      1 - sum over C, off by the errors of those p. The bound takes the worst of that
                 interval
     top1        exact; top 5 and top 10 are exact where both sides list as many, else NaN
     nll         exact where the server gives the token that follows, or lists it; else NaN
@@ -21,6 +22,9 @@ from dataclasses import dataclass
 import torch
 
 from nvfp4check.agreement.logits import LOG_2, PositionMetrics, overlap
+
+#: Unit roundoff of float32, in which log-probabilities are given.
+ROUNDOFF = 2.0**-24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +85,8 @@ def compare_top(reference: TopRows, candidate: TopRows, after: torch.Tensor) -> 
     p, q = log_p.exp(), log_q.exp()
     tails = 1 - p.sum(-1), 1 - q.sum(-1)
     slack = (_slack(p, log_p), _slack(q, log_q))
+    gap = torch.where(in_both & (p > 0) & (q > 0), (log_p - log_q).abs(), 0.0)
+    off = _slack(p, log_p, gap, log_q), _slack(q, log_q, gap, log_p)
     ratios = torch.where(in_both & (p > 0), log_p - log_q, 0.0)
     known = (p * ratios).sum(-1)
     reverse = torch.where(q > 0, q * -ratios, 0.0).sum(-1)
@@ -97,8 +103,8 @@ def compare_top(reference: TopRows, candidate: TopRows, after: torch.Tensor) -> 
         return clean(overlap(ranks[0][:, :k], ranks[1][:, :k]))
 
     metrics = PositionMetrics(
-        kl=clean((known + _least_term(tails, slack)).clamp(min=0.0)),
-        kl_reverse=clean((reverse + _least_term(tails[::-1], slack[::-1])).clamp(min=0.0)),
+        kl=clean((known - off[0] + _least_term(tails, slack)).clamp(min=0.0)),
+        kl_reverse=clean((reverse - off[1] + _least_term(tails[::-1], slack[::-1])).clamp(min=0.0)),
         jsd=clean(_jensen_shannon(p, q, tails)),
         top1=clean(ranks[0][:, 0] == ranks[1][:, 0]),
         top5_overlap=common(5),
@@ -120,11 +126,18 @@ def compare_top(reference: TopRows, candidate: TopRows, after: torch.Tensor) -> 
     )
 
 
-def _slack(p: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
-    """Return how far a sum of probabilities may be off, [T]."""
-    size = torch.where(p > 0, 1 + log_p.abs(), 0.0)
-    slack: torch.Tensor = (p * size).sum(-1) * 2.0**-24
-    return slack
+def _slack(
+    p: torch.Tensor,
+    log_p: torch.Tensor,
+    gap: torch.Tensor | None = None,
+    log_q: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return how far a sum of p, or with `gap` of p * gap, may be off by rounding, [T]."""
+    own = torch.where(p > 0, log_p.abs(), 0.0)
+    if gap is None or log_q is None:
+        return (p * (1 + own)).sum(-1) * ROUNDOFF
+    other = torch.where((p > 0) & log_q.isfinite(), log_q.abs(), 0.0)
+    return (p * (own + other + (1 + own) * gap)).sum(-1) * ROUNDOFF
 
 
 def _least_term(
