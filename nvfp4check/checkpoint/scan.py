@@ -132,7 +132,10 @@ class WeightScan:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON from which `from_json` makes the same scan."""
-        return asdict(self)
+        document = {name: getattr(self, name) for name in self.__slots__}  # asdict copies counts
+        for name in ("defects", "pairs", "tiling"):
+            document[name] = asdict(document[name])
+        return document
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Self:

@@ -53,7 +53,7 @@ def finders(fault: Mapping[str, Any]) -> str:
     if fault["found_by"]:
         return ", ".join(fault["found_by"])
     if fault["found_with_base"]:
-        return f"{', '.join(fault['found_with_base'])} with --base"
+        return f"{' or '.join(fault['found_with_base'])} with --base"
     return "no rule"
 
 
@@ -67,7 +67,7 @@ def _explain(fault: Mapping[str, Any]) -> Iterator[str]:
     if fault["kind"] == "kernel":
         yield f"  Found by {finders(fault)}"
     else:
-        with_base = ", ".join(fault["found_with_base"]) or "no further rule"
+        with_base = " or ".join(fault["found_with_base"]) or "no further rule"
         yield f"  Found by validate:        {', '.join(fault['found_by']) or 'no rule'}"
         yield f"  Found by validate --base: {with_base}"
     if fault["threads"]:

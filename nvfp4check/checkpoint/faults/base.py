@@ -42,9 +42,9 @@ class Change:
 class CheckpointFault:
     """A defect that a stored checkpoint can carry, and who sees it.
 
-    `found_by` are the rules that fire without a base, `found_with_base` those of the audit;
-    `also` are rules that may fire beside them, as consequences. `remark` says why no rule sees it,
-    or when one does that usually does not.
+    `found_by` are the rules that fire without a base; `found_with_base` those of the audit, of
+    which one fires at least; `also` are rules that may fire beside them, as consequences. `remark`
+    says why no rule sees it, or when one does that usually does not.
     """
 
     id: str

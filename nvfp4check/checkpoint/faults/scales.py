@@ -36,8 +36,13 @@ def _half(p: Planting) -> LogicalWeight:
     does="The global scale is stored as its reciprocal.",
     threads=("modular/modular/issues/6600", "vllm-project/vllm/pull/35733"),
     found_by=("NV302",),
-    found_with_base=("NV705",),
-    also=("NV303", "NV501", "NV503", "NV701", "NV703"),
+    found_with_base=("NV701", "NV705"),
+    also=(
+        "NV303",
+        "NV501",
+        "NV503",
+        "NV703",
+    ),
 )
 def _reciprocal(p: Planting) -> None:
     weight = p.nvfp4()
@@ -51,8 +56,13 @@ def _reciprocal(p: Planting) -> None:
     does="The global scale is stored as 1.",
     threads=("ggml-org/llama.cpp/pull/23629",),
     found_by=("NV303",),
-    found_with_base=("NV705",),
-    also=("NV302", "NV501", "NV503", "NV701", "NV703"),
+    found_with_base=("NV701", "NV705"),
+    also=(
+        "NV302",
+        "NV501",
+        "NV503",
+        "NV703",
+    ),
 )
 def _dropped(p: Planting) -> None:
     p.set_scalar(p.nvfp4(), Part.GLOBAL_SCALE, 1.0, "global scale")
@@ -64,8 +74,12 @@ def _dropped(p: Planting) -> None:
     does="The global scale was applied twice: its square is stored.",
     threads=("charlie12345/ROCmFPX/issues/85", "charlie12345/ROCmFPX/pull/87"),
     found_by=("NV303",),
-    found_with_base=("NV705",),
-    also=("NV501", "NV503", "NV701", "NV703"),
+    found_with_base=("NV701", "NV705"),
+    also=(
+        "NV501",
+        "NV503",
+        "NV703",
+    ),
 )
 def _squared(p: Planting) -> None:
     weight = p.nvfp4()
@@ -82,8 +96,12 @@ def _squared(p: Planting) -> None:
         "flashinfer-ai/flashinfer/issues/3398",
     ),
     found_by=("NV301",),
-    found_with_base=("NV705",),
-    also=("NV303", "NV501", "NV503", "NV701"),
+    found_with_base=("NV701", "NV705"),
+    also=(
+        "NV303",
+        "NV501",
+        "NV503",
+    ),
 )
 def _misread(p: Planting) -> None:
     weight = p.nvfp4(lambda w: w.parts[Part.GLOBAL_SCALE].dtype == "F32")
@@ -104,8 +122,11 @@ def _misread(p: Planting) -> None:
         "NVIDIA/Model-Optimizer/pull/1033",
     ),
     found_by=("NV501",),
-    found_with_base=("NV705",),
-    also=("NV701", "NV702", "NV205"),
+    found_with_base=("NV701", "NV705"),
+    also=(
+        "NV702",
+        "NV205",
+    ),
 )
 def _own_scales(p: Planting) -> None:
     weight = _half(p)
@@ -144,8 +165,11 @@ def _maximum(p: Planting) -> None:
         "intel/auto-round/issues/2380",
     ),
     found_by=("NV503",),
-    found_with_base=("NV705",),
-    also=("NV701", "NV702", "NV205"),
+    found_with_base=("NV701", "NV705"),
+    also=(
+        "NV702",
+        "NV205",
+    ),
 )
 def _attention_scales(p: Planting) -> None:
     pairs = {
@@ -320,8 +344,8 @@ def _moved(p: Planting) -> None:
     "global-scale-of-another-expert",
     does="A global scale was looked up under the local number of an expert.",
     threads=("sgl-project/sglang/pull/31503", "sgl-project/sglang/issues/36597"),
-    found_with_base=("NV705",),
-    also=("NV701",),
+    found_with_base=("NV701", "NV705"),
+    also=(),
 )
 def _foreign_global(p: Planting) -> None:
     weight = p.nvfp4(
@@ -336,8 +360,8 @@ def _foreign_global(p: Planting) -> None:
     "F19g",
     "global-scale-divided-by-tp",
     does="A global scale was divided by the number of tensor parallel ranks.",
-    found_with_base=("NV705",),
-    also=("NV701", "NV303"),
+    found_with_base=("NV701", "NV705"),
+    also=("NV303",),
 )
 def _divided(p: Planting) -> None:
     weight = p.nvfp4(lambda w: leaf(w) in ("down_proj", "o_proj"), "down_proj or o_proj in NVFP4")

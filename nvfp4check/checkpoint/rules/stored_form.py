@@ -23,6 +23,10 @@ from nvfp4check.checkpoint.rules.shared import (
 from nvfp4check.findings import Severity
 
 _FLOATS = frozenset(("BF16", "F16", "F32"))
+#: The floats of 16 bits; a model has one of them. Less than one weight in so many of the other is
+#: no mixed model.
+_HALVES = ("BF16", "F16")
+_FEW = 20
 _FP8 = frozenset(("F8_E4M3", "F8_E5M2"))
 _FP8_FORMATS = frozenset((WeightFormat.FP8, WeightFormat.FP8_BLOCK))
 #: What each part of an NVFP4 weight may be stored as; the usual dtype first.
@@ -60,7 +64,7 @@ _SCALES = (
     Severity.ERROR,
     fires_when="a tensor's dtype is not the one its place needs: the router's "
     "e_score_correction_bias not F32, a norm in FP8, packed codes not U8, block scales not "
-    "F8_E4M3, an excluded linear left in FP8",
+    "F8_E4M3, an excluded linear left in FP8, a few F16 weights among BF16 ones",
     why="Bytes are read by the dtype that the engine's parameter has. A router bias in BF16 keeps "
     "few of its distinct values where they lie close together (238 became 8 in a reported case) "
     "and other experts are chosen; transformers 4 casts it when it loads a model in BF16.",
@@ -88,6 +92,26 @@ def wrong_dtype(context: RuleContext) -> Iterator[Problem]:
             yield from _wrong_parts(weight)
         elif name in tensors:
             yield from _wrong_place(context, weight, declared)
+    yield from _odd_halves(context)
+
+
+def _odd_halves(context: RuleContext) -> Iterator[Problem]:
+    """Report 16-bit weights of another dtype than nearly all others: the same bytes, misread."""
+    by_dtype: dict[str, list[TensorEntry]] = {dtype: [] for dtype in _HALVES}
+    for weight in context.checkpoint.weights.values():
+        entry = weight.parts.get(Part.PLAIN)
+        if entry is not None and entry.dtype in by_dtype:
+            by_dtype[entry.dtype].append(entry)
+    few, many = sorted(_HALVES, key=lambda dtype: len(by_dtype[dtype]))
+    if _FEW * len(by_dtype[few]) > len(by_dtype[many]):
+        return
+    for entry in by_dtype[few]:
+        yield at(
+            entry,
+            f"stored as {few}, expected {many} as {len(by_dtype[many]):,} other weights",
+            observed=few,
+            expected=many,
+        )
 
 
 def _wrong_parts(weight: LogicalWeight) -> Iterator[Problem]:
