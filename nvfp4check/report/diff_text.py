@@ -23,7 +23,7 @@ from nvfp4check.report.visible import visible
 SHOWN_FOLDS = 12
 SHOWN_SETTINGS = 8
 SHOWN_LARGEST = 10
-_SAID = 60
+_SAID = 90
 
 
 @dataclass(frozen=True, slots=True)

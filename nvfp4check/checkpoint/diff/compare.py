@@ -46,7 +46,8 @@ def class_of_headers(pair: Pair) -> WeightDiff:
     if pair.a.format is not pair.b.format:
         return _described(pair, WeightClass.FORMAT_CHANGED)
     forms = [_form(side) for side in (pair.a, pair.b)]
-    if pair.a.weight.layout is pair.b.weight.layout and forms[0] != forms[1]:
+    whole = pair.a.is_whole and pair.b.is_whole
+    if whole and pair.a.weight.layout is pair.b.weight.layout and forms[0] != forms[1]:
         return _described(pair, WeightClass.SHAPE_CHANGED, _parts_differ(pair.a, pair.b))
     return _described(pair, WeightClass.SAME_FORM)
 

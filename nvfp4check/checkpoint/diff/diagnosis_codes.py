@@ -24,6 +24,8 @@ from nvfp4ref.formats import BLOCK_SIZE
 #: Rows that a change is tried on first.
 _FIRST_ROWS = 4
 _HALF_BLOCK = BLOCK_SIZE // 2
+#: The bits of a block's codes that are not signs.
+_MAGNITUDES = np.uint64(0x7777777777777777)
 #: The conventions of those who make checkpoints, in the order in which they are named.
 _PRODUCERS = (
     Convention.MODELOPT,
@@ -148,7 +150,8 @@ def name_zero_blocks(a: Stored, b: Stored) -> str | None:
     named = []
     for side in (a, b):
         codes, scales = side.codes(0, side.operand.rows), side.scales(0, side.operand.rows)
-        empty = ~(codes.reshape(-1, _HALF_BLOCK) & 0x77).any(axis=1)
+        words = np.ascontiguousarray(codes).reshape(-1).view(np.uint64)
+        empty = (words & _MAGNITUDES) == 0
         held = np.unique(scales.reshape(-1)[empty])
         decode = side.decode_scale(Part.GLOBAL_SCALE)
         if held.size != 1 or not decode:

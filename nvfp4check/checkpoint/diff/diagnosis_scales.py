@@ -21,10 +21,8 @@ from nvfp4ref.formats import E2M1, E4M3, NVFP4
 
 _ULP = 2.0**-23
 _NAN = 0x7F
-#: Largest ratio of two numbers that E4M3 rounded, each by half a step of a sixteenth.
-_TWO_ROUNDINGS = ((1 + 2.0**-4) / (1 - 2.0**-4)) ** 2
-#: Blocks that a factor is told from.
-_LEAST_BLOCKS = 16
+#: Largest ratio of two roundings of one number to E4M3, each off by at most a sixteenth.
+_TWO_ROUNDINGS = (1 + 2.0**-4) / (1 - 2.0**-4)
 #: Byte of 240, the largest value of E4M3FNUZ.
 _BYTE_240 = 0x77
 #: Factors that stand for something.
@@ -33,6 +31,7 @@ _FACTORS = {
     E4M3.max: "448, the largest block scale",
     NVFP4.full_scale: "2688, the largest code times the largest block scale",
 }
+_FIRST_ROWS = 4
 _MANTISSA = (1 << E4M3.mantissa_bits) - 1
 
 Change = Callable[[Array], Array | None]
@@ -75,33 +74,32 @@ def name_global_scale(a: Stored, b: Stored, found: Measured) -> str | None:
 
 
 def systematic_factor(a: Stored, b: Stored) -> float | None:
-    """Find the factor between two weights of equal codes that rounding does not explain.
+    """Find a constant factor between two weights of equal codes that rounding does not explain.
 
-    Block scale times global scale of both are roundings of one number, so their ratios scatter
-    about 1. A mean that is farther from 1 than six of its standard errors, and than the rounding of
-    the global scales, is a factor.
+    Block scale times global scale of both are then roundings of one number, so the ratio of any two
+    blocks' is at most that of two roundings, and so is its mean; under equal block scales the
+    global scales agree to an ulp.
     """
     one, two = (side.decode_scale(Part.GLOBAL_SCALE) for side in (a, b))
     if not one or not two or not math.isfinite(one) or not math.isfinite(two):
         return None
     values = bounds.e4m3_values()
-    count = 0
-    total = squares = 0.0
+    count, total, least, most = 0, 0.0, math.inf, 0.0
     for start, stop in row_pieces(a.operand.rows, a.operand.columns):
         left, right = (values[side.scales(start, stop)] for side in (a, b))
-        # Subnormal scales are too coarse to tell, and so is the largest, which clips.
+        # Subnormal scales are too coarse to tell, and the largest clips.
         normal = (left >= E4M3.smallest_normal) & (right >= E4M3.smallest_normal)
         normal &= (left < E4M3.max) & (right < E4M3.max)
-        ratios = right[normal] / left[normal] - 1
-        count += ratios.size
-        total += float(ratios.sum())
-        squares += float((ratios * ratios).sum())
-    if count < _LEAST_BLOCKS:
+        ratios = right[normal] / left[normal]
+        if ratios.size:
+            count += ratios.size
+            total += float(ratios.sum())
+            least, most = min(least, float(ratios.min())), max(most, float(ratios.max()))
+    if not count or most / least > _TWO_ROUNDINGS**2:
         return None
-    mean = total / count
-    spread = math.sqrt(max(0.0, squares / count - mean * mean) / count)
-    factor = (1 + mean) * two / one
-    return factor if abs(factor - 1) > 6 * spread + 2 * _ULP else None
+    factor = total / count * two / one
+    granted = 1 + 2 * _ULP if least == most == 1.0 else _TWO_ROUNDINGS
+    return None if 1 / granted <= factor <= granted else factor
 
 
 def _close(one: float, two: float) -> bool:
@@ -113,21 +111,33 @@ def name_scales(a: Stored, b: Stored) -> str | None:
     rows = a.operand.rows
     # A sixteenth of a weight: 8 MiB for the largest. Tiles go over all of it.
     left, right = (np.array(side.scales(0, rows)) for side in (a, b))
+    moved = np.array_equal(*(np.bincount(side.reshape(-1)) for side in (left, right)))
     for (one, two), (this, that) in (((left, right), ("a", "b")), ((right, left), ("b", "a"))):
-        for what, change in _changes(one.shape):
+        # What only moves bytes keeps how many there are of each.
+        for what, change in _moves(one.shape) if moved else _changes(one.shape):
+            if not moved and not _may_give(change, one, two):
+                continue
             made = change(one)
             if made is not None and made.shape == two.shape and np.array_equal(made, two):
                 return f"block scales of {that} are {this}'s {what}"
     return _counted(left, right)
 
 
-def _changes(shape: tuple[int, ...]) -> Iterator[tuple[str, Change]]:
+def _may_give(change: Change, one: Array, two: Array) -> bool:
+    """Try a change on the first rows.
+
+    What repeats the first rows, or changes every byte by itself, begins with the same ones there.
+    """
+    made = change(one[: 16 * _FIRST_ROWS])
+    return made is not None and np.array_equal(made[:_FIRST_ROWS], two[:_FIRST_ROWS])
+
+
+def _moves(shape: tuple[int, ...]) -> Iterator[tuple[str, Change]]:
     yield "swizzled into 128x4 tiles", _swizzled
     yield "swizzled into 128x4 tiles twice", lambda scales: _twice(_swizzled, scales)
     yield "in 8x4 tiles", _tiles_of_8
     yield "with the rows of every 128 permuted as for tiles", _rows_permuted
     yield "shifted by one block", lambda scales: np.roll(scales, 1, axis=1)
-    yield "shifted by one block of a row (first kept)", _shifted_keeping_first
     yield "shifted by one row", lambda scales: np.roll(scales, 1, axis=0)
     if shape[0] == shape[1]:
         yield "transposed", lambda scales: scales.T
@@ -135,6 +145,10 @@ def _changes(shape: tuple[int, ...]) -> Iterator[tuple[str, Change]]:
     yield "in reverse rows", lambda scales: scales[::-1]
     yield "with the halves of its rows swapped", lambda scales: _halves(scales, 0)
     yield "with the halves of its columns swapped", lambda scales: _halves(scales, 1)
+
+
+def _changes(shape: tuple[int, ...]) -> Iterator[tuple[str, Change]]:
+    yield "shifted by one block, the first kept", _shifted_keeping_first
     for ranks in (2, 4, 8, 16):
         for axis, name in ((0, "rows"), (1, "columns")):
             if shape[axis] % ranks == 0:
@@ -257,6 +271,6 @@ def _moved(one: Array, two: Array, rest: Array) -> str:
     values = bounds.e4m3_values()
     known = rest & (one != 0)
     ratios = values[two[known]] / values[one[known]]
-    if ratios.size and ratios.min() > 0 and ratios.max() / ratios.min() < _TWO_ROUNDINGS:
+    if ratios.size and ratios.min() > 0 and ratios.max() / ratios.min() <= _TWO_ROUNDINGS**2:
         return f", the others times {float(np.median(ratios)):.3g}"
     return ""

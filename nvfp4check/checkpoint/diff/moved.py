@@ -26,6 +26,8 @@ from nvfp4check.checkpoint.opening import Checkpoint
 _SUSPECT = (WeightClass.DIFFERENT, WeightClass.SCALES_ONLY, WeightClass.FORMAT_CHANGED)
 #: Bytes at the beginning of block scales that tell them apart.
 _HEAD = 1 << 12
+#: Weights that are looked up: an expert layer of DeepSeek-V3 has 768.
+_MOST_NAMED = 1024
 _PIECE = 1 << 21
 
 
@@ -50,7 +52,7 @@ def name_moved(
     if not suspects:
         return list(found), ()
     strange = [diff.name for diff in suspects if not _is_own(a, b, diff.name)]
-    foreign = name_foreign(b, a, strange)
+    foreign = name_foreign(b, a, strange[:_MOST_NAMED])
     said = {name: _words(one) for name, one in foreign.items()}
     said |= _vectors_of_others(a, b, [diff.name for diff in suspects])
     scales = _scales_of_others(a, b, [diff.name for diff in suspects])
@@ -68,7 +70,13 @@ def name_moved(
     named = [
         replace(diff, diagnosis=said[diff.name]) if diff.name in said else diff for diff in found
     ]
-    return named, tuple(text.replace("the base's", "a's") for text in patterns(foreign.values()))
+    common = [text.replace("the base's", "a's") for text in patterns(foreign.values())]
+    if len(strange) > _MOST_NAMED:
+        common.append(
+            f"{len(strange) - _MOST_NAMED:,} more weights do not have the signs of their own; the "
+            f"first {_MOST_NAMED:,} were looked up"
+        )
+    return named, tuple(common)
 
 
 def _words(found: Foreign) -> str:
