@@ -4,16 +4,18 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 
+from nvfp4check.checkpoint.ahead import Ahead, FileRange
 from nvfp4check.checkpoint.header import TensorEntry
 from nvfp4check.checkpoint.naming import LogicalWeight, Part, WeightFormat
 from nvfp4check.checkpoint.opening import Checkpoint
 from nvfp4check.checkpoint.rules.base import Problem, Rule, RuleContext, RuleLevel, printable, rule
 from nvfp4check.checkpoint.rules.siblings import at_part, nvfp4_scans, scales_problem
 from nvfp4check.checkpoint.scan import WeightScan
-from nvfp4check.checkpoint.storage import StorageError
+from nvfp4check.checkpoint.storage import LocalStorage, Range, StorageError
 from nvfp4check.findings import Severity
 
 _GITHUB = "https://github.com/"
@@ -167,13 +169,20 @@ def tensor_repeated(context: RuleContext) -> Iterator[Problem]:
     layers = (checkpoint.config or {}).get("num_hidden_layers")
     first_mtp = layers if isinstance(layers, int) else None
     alike: dict[object, list[LogicalWeight]] = {}
+    looked_at = [
+        weight
+        for weight in checkpoint.weights.values()
+        if weight.name not in context.scans and _may_be_repeated(weight)
+    ]
+    with Ahead(checkpoint.storage, _plan(checkpoint, looked_at)) as storage:
+        opened = replace(checkpoint, storage=storage)
+        looks: dict[str, bytes | str | None] = {
+            weight.name: _first_look(opened, weight) for weight in looked_at
+        }
+    for name, scan in context.scans.items():
+        looks[name] = None if scan.is_zero else scan.fingerprint
     for weight in checkpoint.weights.values():
-        scan = context.scans.get(weight.name)
-        look: bytes | str | None = None
-        if scan is not None:
-            look = None if scan.is_zero else scan.fingerprint
-        elif _may_be_repeated(weight):
-            look = _first_look(checkpoint, weight)
+        look = looks.get(weight.name)
         if look is not None:
             key = (look, weight.shape, _is_mtp(weight, first_mtp))
             alike.setdefault(key, []).append(weight)
@@ -202,6 +211,23 @@ def _may_be_repeated(weight: LogicalWeight) -> bool:
     )
 
 
+def _windows(entry: TensorEntry) -> list[Range]:
+    starts = (0, entry.nbytes // 2, max(0, entry.nbytes - _WINDOW))
+    return [(start, min(start + _WINDOW, entry.nbytes)) for start in starts]
+
+
+def _plan(checkpoint: Checkpoint, weights: Iterable[LogicalWeight]) -> list[FileRange]:
+    """What first looks read, where reading waits for a network."""
+    if isinstance(checkpoint.storage, LocalStorage):
+        return []
+    entries = [entry for weight in weights if (entry := _stored(weight)) is not None]
+    return [
+        FileRange(entry.shard, entry.start + start, entry.start + stop)
+        for entry in entries
+        for start, stop in _windows(entry)
+    ]
+
+
 def _first_look(checkpoint: Checkpoint, weight: LogicalWeight) -> bytes | None:
     """Digest three windows of a tensor; None where they show one value only, or nothing."""
     entry = _stored(weight)
@@ -210,8 +236,8 @@ def _first_look(checkpoint: Checkpoint, weight: LogicalWeight) -> bytes | None:
     digest = hashlib.blake2b(digest_size=16)
     seen = np.zeros(256, np.int64)
     try:
-        for start in (0, entry.nbytes // 2, max(0, entry.nbytes - _WINDOW)):
-            window = checkpoint.tensor_bytes(entry, start, min(start + _WINDOW, entry.nbytes))
+        for start, stop in _windows(entry):
+            window = checkpoint.tensor_bytes(entry, start, stop)
             digest.update(window.data)
             seen += np.bincount(window, minlength=256)
     except StorageError:

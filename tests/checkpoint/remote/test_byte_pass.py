@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from nvfp4check.checkpoint.ahead import AHEAD_BYTES, PIECE_BYTES, Ahead, FileRange, RangedBytes
+from nvfp4check.checkpoint.diff.run import diff_checkpoints
 from nvfp4check.checkpoint.editing import CheckpointEditor
 from nvfp4check.checkpoint.header import TensorEntry
 from nvfp4check.checkpoint.inspection import inspect
@@ -143,6 +145,19 @@ def test_the_audit_against_a_base_is_the_same_over_http(
         )
         == local
     )
+
+
+def test_a_difference_of_two_checkpoints_is_the_same_over_http(
+    serve: Callable[[Path], SimpleNamespace], damaged: Path, golden: SimpleNamespace
+) -> None:
+    def compared(a: str | Path, b: str | Path) -> dict[str, Any]:
+        document = diff_checkpoints(open_checkpoint(a), open_checkpoint(b)).to_json()
+        document.pop("seconds")
+        assert document["a"].pop("location") != document["b"].pop("location")
+        return document
+
+    local = compared(damaged, golden.nvfp4)
+    assert compared(serve(damaged).url, serve(golden.nvfp4).url) == local
 
 
 def test_an_interrupted_run_goes_on_unless_the_file_is_another(
