@@ -4,7 +4,13 @@ pytest loads it in every project where nvfp4check is installed, so it imports ne
 triton: whatever needs them waits until a test uses it.
 """
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import pytest
+
+if TYPE_CHECKING:
+    from nvfp4check.agreement.agree import AgreeResult
 
 #: The markers that a test may carry, with what they say.
 MARKERS = (
@@ -80,3 +86,11 @@ def nvfp4_device(request: pytest.FixtureRequest) -> str:
     """The device that kernels are tested on."""
     device: str = request.config.getoption("--nvfp4-device")
     return device
+
+
+@pytest.fixture
+def nvfp4_agrees() -> "Callable[..., AgreeResult]":
+    """Assert that a run agrees with a golden: `nvfp4_agrees(run, golden, max_kl=0.02)`."""
+    from nvfp4check.agreement import assert_agrees
+
+    return assert_agrees

@@ -9,6 +9,10 @@ from collections.abc import Sequence
 
 #: Name to (module, one line of help).
 BENCHES: dict[str, tuple[str, str]] = {
+    "agree": (
+        "nvfp4check.bench.agree",
+        "two runs of full logits compared, beside merely reading them",
+    ),
     "audit": (
         "nvfp4check.bench.audit",
         "the audit against an FP8 base, beside others' dequantisation of the same weights",

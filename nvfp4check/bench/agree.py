@@ -1,0 +1,109 @@
+"""`python -m nvfp4check.bench agree`: logits compared, beside merely reading them.
+
+Two runs of random logits, 2,048 positions of DeepSeek-V3's 129,280 tokens unless told otherwise,
+are written to a temporary directory. Measured, each in a process of its own so that its peak of
+memory is its own: reading both files in the same blocks, and comparing them.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from nvfp4check.activations import (
+    LOGITS_FILE,
+    TOKENS_FILE,
+    PromptInfo,
+    Run,
+    RunInfo,
+    write_info,
+    write_tensors,
+)
+from nvfp4check.agreement.positions import compare_positions
+from nvfp4check.agreement.sources import Full, opened_logits
+from nvfp4check.agreement.summary import summarize
+
+PROMPT = "p"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m nvfp4check.bench agree")
+    parser.add_argument("--positions", type=int, default=2048)
+    parser.add_argument("--vocabulary", type=int, default=129_280)
+    parser.add_argument("--directory", type=Path, help="where the runs are written and left")
+    parser.add_argument("--part", choices=("read", "compare"), help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.part:
+        print(json.dumps(_part(options.part, options.directory)))
+        return 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.directory or Path(temporary)
+        _write(folder, options.positions, options.vocabulary)
+        size = sum((folder / name / LOGITS_FILE).stat().st_size for name in ("a", "b"))
+        found = {part: _measured(part, folder) for part in ("read", "read", "compare")}
+    read, compare = found["read"], found["compare"]
+    shape = f"{options.positions:,} positions x {options.vocabulary:,} tokens"
+    print(f"{shape}, twice: {size / 1e9:.2f} GB")
+    print(f"threads          {torch.get_num_threads()}")
+    for name, part in found.items():
+        print(
+            f"{name:<8} {part['seconds']:8.2f} s {size / part['seconds'] / 1e9:8.2f} GB/s, peak "
+            f"memory {part['peak'] / 1e9:.2f} GB"
+        )
+    print(f"compare takes {compare['seconds'] / read['seconds']:.1f} times the time of reading")
+    print(f"mean KL {compare['kl']:.6g}")
+    return 0
+
+
+def _write(folder: Path, positions: int, vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.empty(positions, vocabulary)
+    for row in base:  # a row at a time: normal_ of all at once would double the memory
+        row.normal_(0, 3, generator=generator)
+    for name in ("a", "b"):
+        if name == "b":
+            for row in base:
+                row.add_(torch.randn(vocabulary, generator=generator), alpha=0.05)
+        write_tensors(folder / name / LOGITS_FILE, {PROMPT: base})
+        write_tensors(folder / name / TOKENS_FILE, {PROMPT: torch.arange(positions) % vocabulary})
+        info = RunInfo(prompts=(PromptInfo(id=PROMPT, tokens=positions),), complete=True)
+        write_info(folder / name, info)
+
+
+def _measured(part: str, folder: Path) -> dict[str, float]:
+    command = [sys.executable, "-m", "nvfp4check.bench", "agree"]
+    line = [*command, "--part", part, "--directory", str(folder)]
+    done = subprocess.run(line, check=True, capture_output=True, text=True)
+    measured: dict[str, float] = json.loads(done.stdout)
+    return measured
+
+
+def _part(part: str, folder: Path) -> dict[str, float]:
+    runs = Run.open(folder / "a"), Run.open(folder / "b")
+    found = {"kl": 0.0}
+    start = time.perf_counter()
+    if part == "read":
+        for run in runs:
+            with opened_logits(run) as logits:
+                source = logits.of(PROMPT)
+                if not isinstance(source, Full):
+                    raise TypeError("the runs hold full logits")
+                for first in range(0, source.positions, source.block):
+                    rows = source.rows(first, min(first + source.block, source.positions))
+                    found["kl"] += float(rows.sum())  # every byte is touched
+    else:
+        positions = compare_positions(*runs, (PROMPT,))
+        if positions is None:
+            raise TypeError("the runs hold full logits")
+        found["kl"] = summarize(positions.metrics).kl.mean
+    found["seconds"] = time.perf_counter() - start
+    found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+    return found

@@ -1,0 +1,220 @@
+"""An agreement as text, Markdown, JUnit and HTML, from a document with hostile names."""
+
+from collections import Counter
+from html.parser import HTMLParser
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from nvfp4check.report.agree_plots import error_plot, flip_map, line_plot
+from nvfp4check.report.formats import Format
+from nvfp4check.report.render import render
+
+Document = dict[str, Any]
+
+
+def point(layer: int, name: str, error: float, **more: Any) -> Document:
+    return {
+        "layer": layer,
+        "point": name,
+        "relative_error": error,
+        "sqnr_db": 30.0,
+        "bitwise": error == 0,
+        "input_bitwise": True,
+        "tokens": 10,
+        "worst": None,
+        "share": 0.5,
+        "held_against": "noise floor",
+        "floor": 0.001,
+        "log_ratio": 1.0,
+        "log_ratio_low": 0.5,
+        "excess": 1.0,
+        "excess_low": 0.5,
+        "diverges": error > 0.01,
+        "nonfinite_reference": 0,
+        "nonfinite_candidate": 0,
+        **more,
+    }
+
+
+@pytest.fixture
+def agreement(hostile: str) -> Document:
+    run = {
+        "run": "candidate",
+        "checkpoint": {"location": hostile},
+        "mode": "stored",
+        "kv_cache": "none",
+        "dtype": "float32",
+        "perturb": None,
+        "seed": None,
+        "versions": {},
+    }
+    problem = {"kind": "missing", "run": "candidate", "point": "hidden", "prompt": hostile}
+    return {
+        "schema": "nvfp4check/agree/1",
+        "tool": {"name": "nvfp4check", "version": "1.2.3"},
+        "verdict": "fail",
+        "criteria": [
+            {
+                "what": "mean KL",
+                "decision": "fail",
+                "found": 0.5,
+                "limit": 0.1,
+                "smallest_effect": 0.02,
+            }
+        ],
+        "alpha": 0.05,
+        "power": 0.8,
+        "reference": {**run, "run": "reference"},
+        "candidate": run,
+        "noise": [],
+        "prompts": [{"id": hostile, "tokens": 10, "text": None}],
+        "first_divergence": {
+            "layer": 1,
+            "point": "mlp_output",
+            "prompt": hostile,
+            "token": 3,
+            "text": hostile,
+            "held_against": "noise floor",
+        },
+        "problems": [
+            {**problem, "layer": layer, "message": f"{hostile} was not recorded", "fatal": False}
+            for layer in range(5)
+        ],
+        "blind": [{"what": "the cache", "why": hostile}],
+        "layers": [
+            point(0, "hidden", 0.0),
+            point(1, "mlp_output", 0.5),
+            point(1, "hidden", 0.2),
+        ],
+        "routing": {
+            "tokens": 20,
+            "flips": 3,
+            "unexplained": 1,
+            "layers": [
+                {
+                    "layer": 1,
+                    "tokens": 20,
+                    "flips": 3,
+                    "unexplained": 1,
+                    "unjudged": 0,
+                    "score_error": 0.01,
+                    "experts": 16,
+                    "exercised": 9,
+                    "idle": [3],
+                    "load_reference": [],
+                    "load_candidate": [],
+                    "by_position": [0, 2, 1],
+                }
+            ],
+            "position_width": 4,
+            "worst_flips": [
+                {
+                    "layer": 1,
+                    "prompt": hostile,
+                    "token": 5,
+                    "dropped": [1],
+                    "taken": [2, 3],
+                    "margin": None,
+                    "score_error": 0.01,
+                    "explained": False,
+                }
+            ],
+            "kl_split": None,
+        },
+        "logits": None,
+        "versus": None,
+    }
+
+
+class Page(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_text_names_the_divergence_and_folds_what_is_missing(agreement: Document) -> None:
+    text = render(agreement, Format.TEXT)
+
+    assert text.startswith("FAIL: candidate against reference\n")
+    assert "FAIL: mean KL, found 0.5, limit 0.1" in text
+    assert "First divergence: layer 1, mlp_output" in text
+    assert "(and 4 more like it)" in text
+    assert "3 (1 *)" in text
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+
+
+def test_markdown_shows_a_hostile_name_as_it_is(agreement: Document) -> None:
+    text = render(agreement, Format.MARKDOWN)
+
+    assert "<script>" not in text
+    assert "## FAIL" in text
+
+
+def test_junit_fails_what_was_judged_and_skips_what_was_missing(agreement: Document) -> None:
+    suite = ElementTree.fromstring(render(agreement, Format.JUNIT))[0]
+
+    assert suite.attrib["failures"] == "1"
+    assert suite.attrib["skipped"] == "5"
+    # The verdict rests on KL; a layer beyond the floor is told and does not fail.
+    (layer,) = [case for case in suite if case.attrib["name"] == "layer 1"]
+    assert [child.tag for child in layer] == ["system-out"]
+
+
+def test_junit_fails_a_layer_where_layers_were_judged(agreement: Document) -> None:
+    agreement["criteria"][0]["what"] = "layers within the noise floor"
+
+    suite = ElementTree.fromstring(render(agreement, Format.JUNIT))[0]
+
+    (layer,) = [case for case in suite if case.attrib["name"] == "layer 1"]
+    assert [child.tag for child in layer] == ["failure"]
+
+
+def test_the_page_is_whole_and_holds_no_markup_of_names(agreement: Document) -> None:
+    page = Page(render(agreement, Format.HTML))
+
+    assert page.open == []
+    assert page.tags["script"] == 0
+    assert not {"link", "img", "iframe"} & set(page.tags)
+    assert page.tags["svg"] == 2  # errors by layer, and one row of the map of flips
+    assert page.tags["polyline"] == 1  # the floor; one layer with an error makes no line
+
+
+def test_a_line_stands_where_its_logarithm_does_and_breaks_at_a_gap() -> None:
+    plot = line_plot("t", "", [("s", "line-a", [1.0, 0.01, None, 0.1, 0.1])], list("abcde"))
+
+    assert plot is not None
+    (line,) = plot.lines
+    assert line.pieces == ("10.0,0.0 30.0,100.0", "70.0,50.0 90.0,50.0")
+    assert plot.grid == (("1e-2", 100.0), ("1e-1", 50.0), ("1e0", 0.0))
+
+
+def test_nothing_but_equal_points_makes_no_plot(agreement: Document) -> None:
+    agreement["layers"] = [point(0, "hidden", 0.0, floor=None)]
+    agreement["routing"]["layers"][0]["by_position"] = [0, 0]
+
+    assert error_plot(agreement) is None
+    assert flip_map(agreement) is None
+
+
+def test_the_darkest_cell_is_the_one_with_most_flips(agreement: Document) -> None:
+    heat = flip_map(agreement)
+
+    assert heat is not None
+    ((_, cells),) = heat.rows
+    assert [(place, strength) for place, strength, _ in cells] == [(1, 1.0), (2, 0.625)]
