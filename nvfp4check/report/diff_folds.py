@@ -102,7 +102,7 @@ def fold_weights(weights: Iterable[WeightRecord], most: int | None = None) -> li
         key = (weight["class"], kind, formats, _NUMBER.sub("#", _NAME.sub("*", said)))
         fold = folds.setdefault(key, Fold(weight["class"], kind, formats, said))
         if fold.said != said:
-            fold.said = _NAME.sub("another weight", _NUMBER.sub("…", said))
+            fold.said = _NUMBER.sub("…", _NAME.sub("another", said))
         fold.add(weight, layer)
     rows = list(folds.values())
     if most is not None and len(rows) > most:

@@ -17,7 +17,7 @@ from nvfp4check.checkpoint.diff.measured import Array, Measured
 from nvfp4check.checkpoint.diff.operands import Stored
 from nvfp4check.checkpoint.naming import Part
 from nvfp4ref import layout
-from nvfp4ref.formats import E2M1, E4M3, NVFP4
+from nvfp4ref.formats import BLOCK_SIZE, E2M1, E4M3, NVFP4
 
 _ULP = 2.0**-23
 _NAN = 0x7F
@@ -32,6 +32,9 @@ _FACTORS = {
     NVFP4.full_scale: "2688, the largest code times the largest block scale",
 }
 _FIRST_ROWS = 4
+#: Where more than one in so many scales changed, the first rows show what happened to all.
+_FEW = 64
+_SAMPLED_ROWS = 64
 _MANTISSA = (1 << E4M3.mantissa_bits) - 1
 
 Change = Callable[[Array], Array | None]
@@ -106,14 +109,28 @@ def _close(one: float, two: float) -> bool:
     return math.isclose(one, two, rel_tol=_ULP, abs_tol=0.0)
 
 
-def name_scales(a: Stored, b: Stored) -> str | None:
-    """Say what became of the block scales."""
-    rows = a.operand.rows
-    # A sixteenth of a weight: 8 MiB for the largest. Tiles go over all of it.
-    left, right = (np.array(side.scales(0, rows)) for side in (a, b))
-    moved = np.array_equal(*(np.bincount(side.reshape(-1)) for side in (left, right)))
-    for (one, two), (this, that) in (((left, right), ("a", "b")), ((right, left), ("b", "a"))):
+def name_scales(a: Stored, b: Stored, changed: int) -> str | None:
+    """Say what became of the block scales, of which so many changed."""
+    rows, row_blocks = a.operand.rows, a.operand.columns // BLOCK_SIZE
+    many = changed * _FEW > rows * row_blocks
+    moved = False
+    if 2 * changed > rows * row_blocks:
         # What only moves bytes keeps how many there are of each.
+        one, two = (np.bincount(side.scales(0, rows).reshape(-1)) for side in (a, b))
+        moved = bool(np.array_equal(one, two))
+    if many and not moved:
+        for start in (0, rows // 2):
+            stop = min(rows, start + _SAMPLED_ROWS)
+            sample = [np.array(side.scales(start, stop)) for side in (a, b)]
+            if not np.array_equal(sample[0], sample[1]):
+                if _named(sample[0], sample[1], moved=False) is None:
+                    return None
+                break
+    return _named(*(np.array(side.scales(0, rows)) for side in (a, b)), moved=moved)
+
+
+def _named(left: Array, right: Array, *, moved: bool) -> str | None:
+    for (one, two), (this, that) in (((left, right), ("a", "b")), ((right, left), ("b", "a"))):
         for what, change in _moves(one.shape) if moved else _changes(one.shape):
             if not moved and not _may_give(change, one, two):
                 continue
@@ -242,6 +259,8 @@ def _counted(left: Array, right: Array) -> str | None:
     """Say what the differing scales have in common, where they have."""
     different = left != right
     count = int(different.sum())
+    if not count:
+        return None
     one, two = left[different], right[different]
     for this, that, side in ((one, two, "b"), (two, one, "a")):
         void = ((that & _NAN) == _NAN) & ((this & _NAN) != _NAN)

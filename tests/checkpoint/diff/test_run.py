@@ -234,15 +234,15 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same(golden, tmp_path, mon
     monkeypatch.setattr("nvfp4check.checkpoint.diff.run._ITEM_BYTES", 1 << 18)
     whole = compare(golden.nvfp4, golden.fp8, journal=tmp_path / "other.jsonl")
 
-    class InterruptedError_(Exception):
+    class StoppedError(Exception):
         pass
 
     def stop(done, total):
         if done > total // 2:
-            raise InterruptedError_
+            raise StoppedError
 
     sides = open_checkpoint(golden.nvfp4), open_checkpoint(golden.fp8)
-    with pytest.raises(InterruptedError_):
+    with pytest.raises(StoppedError):
         diff_checkpoints(*sides, DiffOptions(journal=journal), stop)
     kept = journal.read_text().count("\n") - 1
     assert kept > 50
