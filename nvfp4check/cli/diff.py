@@ -2,11 +2,12 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from nvfp4check.cli.command import command, make_app
+from nvfp4check.cli.engines import EngineName, EngineOption, make_engine
 from nvfp4check.cli.exit_codes import ExitCode
 from nvfp4check.cli.options import (
     Level,
@@ -20,9 +21,6 @@ from nvfp4check.cli.options import (
 from nvfp4check.cli.progress import progress_bar
 from nvfp4check.report.render import Extras, render
 
-if TYPE_CHECKING:
-    from nvfp4check.engine import Engine
-
 app = make_app()
 
 
@@ -32,13 +30,6 @@ class FailOnDifference(StrEnum):
     DIFFERENT = "different"
     REQUANTIZED = "requantized"
     BYTES = "bytes"
-
-
-class EngineName(StrEnum):
-    """Where the work is done."""
-
-    LOCAL = "local"
-    RAY = "ray"
 
 
 _SIDE = "A checkpoint: a directory, or a URL: hf://org/name, or one that fsspec opens."
@@ -94,7 +85,7 @@ def diff(
         ),
     ] = None,
     jobs: Annotated[int, typer.Option(metavar="N", min=1, help="Processes that compare.")] = 1,
-    engine: Annotated[EngineName, typer.Option(help="Where the work is done.")] = EngineName.LOCAL,
+    engine: EngineOption = EngineName.LOCAL,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="What compares.")] = "cpu",
     allow_skips: Annotated[
         bool,
@@ -126,7 +117,7 @@ def diff(
         sample=sample,
         seed=seed,
         jobs=jobs,
-        engine=_engine(engine, jobs),
+        engine=make_engine(engine, jobs),
         device=device,
         moments=None if activations is None else read_moments(Run.open(activations)),
         resume=resume,
@@ -139,11 +130,3 @@ def diff(
     if any(result.failing(least)):
         return ExitCode.DOES_NOT_HOLD
     return ExitCode.COULD_NOT_CHECK if result.skipped and not allow_skips else ExitCode.HOLDS
-
-
-def _engine(name: EngineName, jobs: int) -> "Engine | None":
-    if name is EngineName.LOCAL:
-        return None
-    from nvfp4check.engine.ray import RayEngine
-
-    return RayEngine(jobs)

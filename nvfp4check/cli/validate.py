@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nvfp4check.cli.command import command, make_app
+from nvfp4check.cli.engines import EngineName, EngineOption, make_engine
 from nvfp4check.cli.options import (
     CheckpointArgument,
     FindingsFormatOption,
@@ -38,12 +39,6 @@ class FailOn(StrEnum):
 
     ERROR = "error"
     WARNING = "warning"
-
-
-class EngineName(StrEnum):
-    """Where the work is done."""
-
-    LOCAL = "local"
 
 
 @command(
@@ -109,7 +104,7 @@ def validate(
         ),
     ] = None,
     jobs: Annotated[int, typer.Option(metavar="N", min=1, help="Processes that read bytes.")] = 1,
-    engine: Annotated[EngineName, typer.Option(help="Where the work is done.")] = EngineName.LOCAL,
+    engine: EngineOption = EngineName.LOCAL,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="What counts the bytes.")] = "cpu",
     allow_skips: Annotated[
         bool,
@@ -148,6 +143,7 @@ def validate(
         sample=sample,
         seed=seed,
         jobs=jobs,
+        engine=make_engine(engine, jobs),
         device=device,
         resume=resume,
     )
