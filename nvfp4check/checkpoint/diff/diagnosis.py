@@ -26,7 +26,7 @@ def diagnose(a: Stored, b: Stored, found: Measured) -> str | None:
     if found.changed_codes:
         said.append(name_codes(a, b, found))
     if found.changed_scales:
-        said.append(name_scales(a, b, found.changed_scales))
+        said.append(name_scales(a, b, found))
     if found.changed_scales and not any(said):
         said.append(name_zero_blocks(a, b))
     return "; ".join(text for text in said if text) or None

@@ -109,8 +109,9 @@ def _close(one: float, two: float) -> bool:
     return math.isclose(one, two, rel_tol=_ULP, abs_tol=0.0)
 
 
-def name_scales(a: Stored, b: Stored, changed: int) -> str | None:
-    """Say what became of the block scales, of which so many changed."""
+def name_scales(a: Stored, b: Stored, found: Measured) -> str | None:
+    """Say what became of the block scales."""
+    changed = found.changed_scales or 0
     rows, row_blocks = a.operand.rows, a.operand.columns // BLOCK_SIZE
     many = changed * _FEW > rows * row_blocks
     moved = False
@@ -118,7 +119,7 @@ def name_scales(a: Stored, b: Stored, changed: int) -> str | None:
         # What only moves bytes keeps how many there are of each.
         one, two = (np.bincount(side.scales(0, rows).reshape(-1)) for side in (a, b))
         moved = bool(np.array_equal(one, two))
-    if many and not moved:
+    if many and not moved and not any(found.not_finite):
         for start in (0, rows // 2):
             stop = min(rows, start + _SAMPLED_ROWS)
             sample = [np.array(side.scales(start, stop)) for side in (a, b)]
