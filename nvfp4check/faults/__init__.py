@@ -34,7 +34,7 @@ def kernel_faults() -> "tuple[KernelFault, ...]":
 
 def elsewhere() -> "tuple[ElsewhereFault, ...]":
     """Return the faults of the catalogue that no single operation shows, and who shows them."""
-    from nvfp4check.faults.elsewhere import ELSEWHERE
+    from nvfp4check.faults.other_levels import ELSEWHERE
 
     return ELSEWHERE
 

@@ -104,7 +104,7 @@ _WHERE = {"both": "of both operands", "either": "of one operand"}
 
 def _joined(label: str, side: str) -> str:
     where = _WHERE.get(side, f"of {side}")
-    return f"{label} {where}".strip()
+    return f"{label}, {where}" if label else where
 
 
 def _around_dequantize(

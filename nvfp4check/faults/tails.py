@@ -190,7 +190,7 @@ FAULTS = (
             for tile in (32, 64, 128, 256)
             for form in in_operands(
                 partial(_without_last, tile // BLOCK_SIZE),
-                f"tiles of {tile},",
+                f"tiles of {tile}",
                 ("both",),
                 dequantize=False,
             )
