@@ -31,7 +31,6 @@ from nvfp4check.checkpoint.scan_tally import (
     Counter,
     Tally,
     count_with_numpy,
-    is_nan_scale,
 )
 from nvfp4check.checkpoint.scan_tiling import Tiling, tiling_of
 from nvfp4check.checkpoint.storage import LocalStorage
@@ -39,9 +38,11 @@ from nvfp4check.checkpoint.storage import LocalStorage
 BLOCK = 2 * CODE_BYTES
 #: Blocks read at a time: 4 MiB of codes.
 _PIECE = 1 << 19
-#: Scales compared at a time in search of an unequal pair.
-_PAIR_PIECE = 1 << 16
+#: Scales compared at a time in search of an unequal pair: at first, and where none was found.
+_FIRST_PAIR_PIECE, _PAIR_PIECE = 1 << 11, 1 << 16
 _FINGERPRINT_BYTES = 16
+#: From this scale byte on, all are NaN or negative.
+_FIRST_BAD = 0x7F
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,10 +223,8 @@ def scan_bytes(
         count(codes[CODE_BYTES * start : CODE_BYTES * stop], scales[start:stop], tally)
     blocks, squares, _ = (tally.joint[:, column] for column in range(3))
     present = np.flatnonzero(blocks)
-    defective = tally.has_unfilled or any(
-        byte >= 0x80 or is_nan_scale(byte) or (byte == 0 and squares[0])
-        for byte in present.tolist()
-    )
+    largest = int(present[-1]) if present.size else 0
+    defective = tally.has_unfilled or largest >= _FIRST_BAD or bool(squares[0])
     finite, total, total_squares = tally.moments()
     matrix = scales.reshape(-1, row_blocks)
     digest = hashlib.blake2b(digest_size=_FINGERPRINT_BYTES)
@@ -236,7 +235,7 @@ def scan_bytes(
         rows=matrix.shape[0],
         row_blocks=row_blocks,
         code_counts=tuple(tally.codes.tolist()),
-        scale_counts=tuple(blocks[: int(present[-1]) + 1].tolist()) if present.size else (),
+        scale_counts=tuple(blocks[: largest + 1].tolist()) if present.size else (),
         live_scales=tuple(np.flatnonzero(squares).tolist()),
         finite=finite,
         total=total,
@@ -252,9 +251,11 @@ def pairs_of(scales: Bytes) -> Pairs:
     """Compare neighbouring scales of each row [rows, columns]."""
     rows, columns = scales.shape
     found = Pairs()
-    step = max(1, _PAIR_PIECE // max(columns, 1))
-    for start in range(0, rows, step):
+    start, size = 0, _FIRST_PAIR_PIECE
+    while start < rows:
+        step = max(1, size // max(columns, 1))
         piece = scales[start : start + step]
+        start, size = start + step, _PAIR_PIECE
         even = piece[:, 0 : columns - 1 : 2] == piece[:, 1::2]
         odd = piece[:, 1 : columns - 1 : 2] == piece[:, 2::2]
         found = Pairs(

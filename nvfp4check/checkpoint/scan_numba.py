@@ -1,6 +1,7 @@
 """The counting of `scan_tally`, compiled by numba: the speed of memory instead of a tenth of it.
 
-A piece of blocks that fits the first-level cache is gone through three times:
+Where the processor has the instructions, by `nvfp4check.checkpoint.scan_fused`. Elsewhere a piece
+of blocks that fits the first-level cache is gone through three times:
     1. each word of 16 codes becomes one number that holds three counts (block, sum of squares,
        sum of codes), by vector table look-ups and byte sums where the processor has them
     2. these numbers are added up by scale byte
@@ -14,33 +15,33 @@ Importing this module imports numba; `counter` in `nvfp4check.checkpoint.scan` d
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import binding, ir  # type: ignore[import-untyped]
 from numba.core import cgutils, types
 from numba.core import config as _config
 from numba.extending import intrinsic
 
+from nvfp4check.checkpoint.scan_fused import count_fused
+from nvfp4check.checkpoint.scan_packed import (
+    BIAS,
+    BIASED,
+    COUNT_SHIFT,
+    FLUSH,
+    SUM_SHIFT,
+    TABLE_PITCH,
+    TABLES,
+    flush,
+    jit,
+)
 from nvfp4check.checkpoint.scan_tally import CODE_BYTES, HALVES, Bytes, Tally
 
 #: Blocks in a piece: 16 KiB of codes and of packed numbers.
 _PIECE = 2048
 #: Blocks that one step of the loops takes; the rest of a weight is padded with zero blocks.
 _STEP = 32
-#: A packed number: squares below, then the sum (made positive by adding 12 for each code), then
-#: the block itself. Squares of a block are at most 16 * 144, sums 16 * 24. 2**14 blocks fit.
-_SUM_SHIFT = 26
-_COUNT_SHIFT = 49
-_TABLES = 8
-#: Numbers from one table to the next. At 256, entries of two tables would lie 4 KiB apart, which
-#: the processor takes for the same address when it orders loads after stores.
-_TABLE_PITCH = 256 + 8
-_FLUSH = _TABLES << 14
-_BIAS = max(HALVES)
 _SQUARES = [half * half for half in HALVES] * 2
-_BIASED = [_BIAS + half for half in HALVES] + [_BIAS - half for half in HALVES]
 
 _U = np.uint64
 _numba: Any = _config
@@ -60,20 +61,16 @@ def _vector_bytes() -> int:
     return 64 if features.get("avx512bw") else 32 if features.get("avx2") else 0
 
 
+def _can_fuse() -> bool:
+    """Whether this processor has what `scan_fused` needs."""
+    features = binding.get_host_cpu_features()
+    needed = ("avx512vbmi", "avx512vpopcntdq")
+    return VECTOR_BYTES == 64 and all(features.get(feature) for feature in needed)
+
+
 VECTOR_BYTES = _vector_bytes()
 _LOOK_UP = {64: "llvm.x86.avx512.pshuf.b.512", 32: "llvm.x86.avx2.pshuf.b"}
 _ADD_BYTES = {64: "llvm.x86.avx512.psad.bw.512", 32: "llvm.x86.avx2.psad.bw"}
-
-
-def _jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile on first use; keep the machine code on disk where there is a place for it."""
-    try:
-        return cast(
-            "Callable[..., Any]",
-            numba.njit(nogil=True, cache=True, error_model="numpy")(function),
-        )
-    except RuntimeError:  # numba found no writable cache directory
-        return cast("Callable[..., Any]", numba.njit(nogil=True, error_model="numpy")(function))
 
 
 @_intrinsic
@@ -142,9 +139,9 @@ def _pack_vector(typing_context: Any, codes: Any, first: Any, numbers: Any, seen
         shifted = builder.lshr(codes_here, every(4))
         high = builder.bitcast(builder.and_(shifted, nibbles), octets)
         squares = builder.add(in_words(table(_SQUARES, low)), in_words(table(_SQUARES, high)))
-        sums = in_words(builder.add(table(_BIASED, low), table(_BIASED, high)))
-        number = builder.or_(squares, builder.shl(sums, every(_SUM_SHIFT)))
-        number = builder.or_(number, every(1 << _COUNT_SHIFT))
+        sums = in_words(builder.add(table(BIASED, low), table(BIASED, high)))
+        number = builder.or_(squares, builder.shl(sums, every(SUM_SHIFT)))
+        number = builder.or_(number, every(1 << COUNT_SHIFT))
         target = builder.and_(block, ir.Constant(block.type, _PIECE - 1))
         builder.store(number, place(2, target), align=8)
 
@@ -166,14 +163,14 @@ def _pack_vector(typing_context: Any, codes: Any, first: Any, numbers: Any, seen
     return types.void(codes, types.int64, numbers, seen), lower
 
 
-@_jit
+@jit
 def _pack_vectors(codes: Any, first: int, blocks: int, numbers: Any, seen: Any) -> None:
     lanes = VECTOR_BYTES // CODE_BYTES
     for block in range(first, first + blocks, lanes):
         _pack_vector(codes, block, numbers, seen)
 
 
-@_jit
+@jit
 def _pack_words(codes: Any, first: int, blocks: int, numbers: Any, seen: Any) -> None:
     """The same for any processor, by counting bits: squares and sums are sums of bit products."""
     unfilled = _U(0)
@@ -192,13 +189,13 @@ def _pack_words(codes: Any, first: int, blocks: int, numbers: Any, seen: Any) ->
         ones = _ones((b0 | (b02 << _U(1))) & minus)
         twos = _ones((b1 | (b12 << _U(1)) | (b012 << _U(2))) & minus)
         negative = ones + _U(2) * twos + _U(4) * _ones(b2 & sign)
-        total = magnitude + _U(16 * _BIAS) - _U(2) * negative
-        numbers[i] = squares | (total << _U(_SUM_SHIFT)) | _U(1 << _COUNT_SHIFT)
+        total = magnitude + _U(16 * BIAS) - _U(2) * negative
+        numbers[i] = squares | (total << _U(SUM_SHIFT)) | _U(1 << COUNT_SHIFT)
         unfilled |= _U(b012 == _U(0)) & _U((word & _M7) != _U(0))
     seen[0] |= unfilled
 
 
-@_jit
+@jit
 def _add_by_scale(scales: Any, first: int, blocks: int, numbers: Any, tables: Any) -> None:
     # Eight tables in turn: a scale byte that comes twice in a row does not wait for its own store.
     t0, t1, t2, t3 = tables[0], tables[1], tables[2], tables[3]
@@ -217,7 +214,7 @@ def _add_by_scale(scales: Any, first: int, blocks: int, numbers: Any, tables: An
         t7[eight >> _U(56)] += numbers[i + _U(7)]
 
 
-@_jit
+@jit
 def _count_bits(codes: Any, first: int, blocks: int, counts: Any) -> None:
     """Count set bits of the products of bit planes; `counts[s]` is that of the set s of planes."""
     quarter = blocks // 4
@@ -253,64 +250,61 @@ def _count_bits(codes: Any, first: int, blocks: int, counts: Any) -> None:
         counts[plane_set] += count
 
 
-@_jit
-def _flush(tables: Any, joint: Any) -> None:
-    for table in range(_TABLES):
-        for byte in range(256):
-            number = tables[table, byte]
-            blocks = np.int64(number >> _U(_COUNT_SHIFT))
-            total = np.int64((number >> _U(_SUM_SHIFT)) & _U((1 << 23) - 1))
-            joint[byte, 0] += blocks
-            joint[byte, 1] += np.int64(number & _U((1 << _SUM_SHIFT) - 1))
-            joint[byte, 2] += total - blocks * 16 * _BIAS
-            tables[table, byte] = _U(0)
-
-
 _pack = _pack_vectors if VECTOR_BYTES else _pack_words
 
 
-@_jit
+@jit
 def _count(codes: Any, scales: Any, joint: Any, bits: Any, seen: Any) -> None:
     numbers = np.empty(_PIECE, np.uint64)
-    tables = np.zeros((_TABLES, _TABLE_PITCH), np.uint64)
+    tables = np.zeros((TABLES, TABLE_PITCH), np.uint64)
     for first in range(0, scales.size, _PIECE):
         blocks = min(_PIECE, scales.size - first)
         _pack(codes, first, blocks, numbers, seen)
         _add_by_scale(scales, first, blocks, numbers, tables)
         _count_bits(codes, first, blocks, bits)
-        if (first + _PIECE) % _FLUSH == 0:
-            _flush(tables, joint)
-    _flush(tables, joint)
+        if (first + _PIECE) % FLUSH == 0:
+            flush(tables, joint)
+    flush(tables, joint)
+
+
+#: From counts of "at least these planes" to those of "exactly these", by inclusion and exclusion.
+_EXACTLY = np.array(
+    [
+        [(-1) ** (more ^ these).bit_count() if more & these == these else 0 for more in range(16)]
+        for these in range(16)
+    ]
+)
+_counts_of_steps = count_fused if _can_fuse() else _count
 
 
 def count_with_numba(codes: Bytes, scales: Bytes, tally: Tally) -> None:
     """Add blocks to a tally."""
+    count_by_steps(_counts_of_steps, codes, scales, tally)
+
+
+def count_by_steps(counter: Callable[..., Any], codes: Bytes, scales: Bytes, tally: Tally) -> None:
+    """Add blocks to a tally by a compiled counter of whole steps."""
     whole = scales.size - scales.size % _STEP
-    _count_steps(codes[: CODE_BYTES * whole], scales[:whole], tally)
+    _count_steps(counter, codes[: CODE_BYTES * whole], scales[:whole], tally)
     rest = scales.size - whole
     if rest:
         padded_codes = np.zeros(CODE_BYTES * _STEP, np.uint8)
         padded_scales = np.zeros(_STEP, np.uint8)
         padded_codes[: CODE_BYTES * rest] = codes[CODE_BYTES * whole :]
         padded_scales[:rest] = scales[whole:]
-        _count_steps(padded_codes, padded_scales, tally)
+        _count_steps(counter, padded_codes, padded_scales, tally)
         tally.codes[0] -= 16 * (_STEP - rest)
         tally.joint[0, 0] -= _STEP - rest
 
 
-def _count_steps(codes: Bytes, scales: Bytes, tally: Tally) -> None:
+def _count_steps(counter: Callable[..., Any], codes: Bytes, scales: Bytes, tally: Tally) -> None:
     bits = np.zeros(16, np.uint64)
     seen = np.zeros(_STEP, np.uint64)
     # One kind of array, read-only, so that only one version is compiled.
     codes, scales = codes.view(), scales.view()
     codes.flags.writeable = scales.flags.writeable = False
-    _count(codes, scales, tally.joint, bits, seen)
-    counts = bits.astype(np.int64)
+    counter(codes, scales, tally.joint, bits, seen)
+    counts = bits.view(np.int64)
     counts[0] = 16 * scales.size
-    # From "at least these planes" to "exactly these": take off what has one plane more.
-    for plane in range(4):
-        for plane_set in range(16):
-            if not plane_set >> plane & 1:
-                counts[plane_set] -= counts[plane_set | 1 << plane]
-    tally.codes += counts
+    tally.codes += _EXACTLY @ counts
     tally.has_unfilled |= bool(seen.any())

@@ -5,7 +5,8 @@ Contract:
                  in steps of 2**-9: m where the exponent field is 0, else (8 + m) << (e - 1)
     joint        for each scale byte: blocks, sum of squared codes, sum of codes; all integers
     moments      sum of values and of squares of the whole weight as Python integers, in units of
-                 2**-10 and 2**-20: nothing is rounded until the last division
+                 2**-10 and 2**-20: nothing is rounded until the last division. A sum of 18 bits
+                 times 144 for each element fits 63 bits for 2**37 elements, 64 GiB of codes
     NaN scales   counted, and left out of the moments
     -0.0         code 8 is a zero
 
@@ -53,6 +54,13 @@ def is_nan_scale(byte: int) -> bool:
     return byte & 0x7F == 0x7F
 
 
+#: By scale byte: 16 elements, or none of a NaN's; steps; squared steps in two parts of 18 bits.
+_ELEMENTS = np.array([0 if is_nan_scale(byte) else 16 for byte in range(256)])
+_STEPS = np.array([0 if is_nan_scale(byte) else scale_steps(byte) for byte in range(256)])
+_PART = 18
+_HIGH_SQUARES, _LOW_SQUARES = _STEPS**2 >> _PART, _STEPS**2 & ((1 << _PART) - 1)
+
+
 @dataclass(slots=True)
 class Tally:
     """Counts of the blocks seen so far."""
@@ -66,14 +74,9 @@ class Tally:
 
     def moments(self) -> tuple[int, int, int]:
         """Return elements, sum of values in 2**-10, sum of squares in 2**-20."""
-        elements = total = squares = 0
-        for byte, (blocks, code_squares, code_sum) in enumerate(self.joint.tolist()):
-            if blocks and not is_nan_scale(byte):
-                steps = scale_steps(byte)
-                elements += 16 * blocks
-                total += steps * code_sum
-                squares += steps * steps * code_squares
-        return elements, total, squares
+        blocks, squares, sums = self.joint.T
+        high, low = int(_HIGH_SQUARES @ squares), int(_LOW_SQUARES @ squares)
+        return int(_ELEMENTS @ blocks), int(_STEPS @ sums), (high << _PART) + low
 
 
 #: Adds the blocks of packed codes [8 * n] and scale bytes [n] to a tally.

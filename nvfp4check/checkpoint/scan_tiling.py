@@ -1,6 +1,7 @@
 """Evidence that stored block scales lie in 128x4 tiles, and not row-major as files must have them.
 
 Contract:
+    sums of squares are integers and exact; shares and score are quotients of them
     model     a scale's byte (near its logarithm) is a row effect plus a column effect plus noise
     reading   the bytes as they lie, against the same bytes taken out of 128x4 tiles
     score     what row and column means explain under the tiled reading, less what they explain
@@ -18,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-#: Rows and columns of a tile, and rows of its inner groups (cuBLAS, section 3.1.4.4.2).
-_ROWS, _COLUMNS, _GROUP = 128, 4, 32
+#: Rows and columns of a tile: 128 words of four columns (cuBLAS, section 3.1.4.4.2).
+_ROWS, _COLUMNS = 128, 4
 #: Scale bytes looked at: whole stripes of 128 rows, spread over the tensor.
 _SAMPLE = 1 << 15
 #: Standard deviations at which tiles are believed. Under noise alone a score of 8 has a
@@ -28,6 +29,9 @@ MIN_SCORE = 8.0
 #: The tiled reading must also explain this much more of all squares: far below what any real row
 #: effect leaves, far above rounding.
 _MIN_GAIN = 0.01
+
+#: Every second byte, and the lower half, of a word of four scales.
+_BYTES, _HALF = np.uint32(0x00FF00FF), np.uint32(0xFFFF)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,32 +61,54 @@ def tiling_of(scales: npt.NDArray[np.uint8]) -> Tiling:
     stripes = scales.reshape(-1, _ROWS, columns)
     wanted = max(1, _SAMPLE // (_ROWS * columns))
     step = -(-len(stripes) // wanted)
-    linear = stripes[::step].astype(np.float64)
-    # Tile, row within a group of 32, group, column: back to [128, columns].
-    tiles = linear.reshape(-1, columns // _COLUMNS, _GROUP, _ROWS // _GROUP, _COLUMNS)
-    tiled = tiles.transpose(0, 3, 2, 1, 4).reshape(linear.shape)
-    centred = linear - linear.mean(axis=(1, 2), keepdims=True)
-    everything = float((centred**2).sum())
-    if everything == 0.0:
+    sample = stripes[::step]
+    total, linear_squares, tiled_squares = _squares(sample)
+    if total == 0:
         return Tiling()
-    linear_squares, tiled_squares = _explained(linear), _explained(tiled)
-    structure = len(linear) * (_ROWS + columns - 2)
-    noise = len(linear) * (_ROWS - 1) * (columns - 1)
-    variance = (everything - max(linear_squares, tiled_squares)) / noise
+    structure = len(sample) * (_ROWS + columns - 2)
+    noise = len(sample) * (_ROWS - 1) * (columns - 1)
+    variance = (total - max(linear_squares, tiled_squares)) / noise
     gain = tiled_squares - linear_squares
-    # Without any noise, rounding errors must not decide: a trillionth of all squares is the least.
-    deviation = max(variance, 1e-12 * everything) * math.sqrt(4 * structure)
+    # Without any noise, nearly nothing must not decide: a trillionth of all squares is the least.
+    deviation = max(variance, 1e-12 * total) * math.sqrt(4 * structure)
     return Tiling(
         score=gain / deviation,
-        linear_share=linear_squares / everything,
-        tiled_share=tiled_squares / everything,
+        linear_share=linear_squares / total,
+        tiled_share=tiled_squares / total,
     )
 
 
-def _explained(scales: npt.NDArray[np.float64]) -> float:
-    """Sum of squares that row means and column means explain, stripe by stripe."""
-    mean = scales.mean(axis=(1, 2), keepdims=True)
-    by_row = (scales.mean(axis=2, keepdims=True) - mean) ** 2
-    by_column = (scales.mean(axis=1, keepdims=True) - mean) ** 2
-    squares = by_row.sum() * scales.shape[2] + by_column.sum() * scales.shape[1]
-    return float(squares)
+def _squares(stripes: npt.NDArray[np.uint8]) -> tuple[int, int, int]:
+    """Sums of squares about the means of stripes [n, 128, columns], times 128 * columns.
+
+    Of all, and of what row means and column means explain, stripe by stripe: under the linear
+    reading and under the tiled one. Four bytes are added at once, as two pairs of 16 bits.
+    """
+    columns = stripes.shape[2]
+    words = stripes.view("<u4")
+    even, odd = words & _BYTES, (words >> np.uint32(8)) & _BYTES
+    pairs = even + odd
+    fours = (pairs & _HALF) + (pairs >> np.uint32(16))
+    # A tile is 128 words, one for each of its rows; in what order does not matter to sums.
+    tiles = (len(stripes), columns // _COLUMNS, _ROWS)
+    rows = fours.sum(axis=2, dtype=np.uint32), fours.reshape(tiles).sum(axis=1, dtype=np.uint32)
+    by_column = [
+        [packed.reshape(shape).sum(axis=axis, dtype=np.uint32) for packed in (even, odd)]
+        for shape, axis in ((words.shape, 1), (tiles, 2))
+    ]
+    values = stripes.astype(np.float64).ravel()
+    mean_squares = _dot(rows[0].sum(axis=1))
+    total = _ROWS * columns * int(np.dot(values, values)) - mean_squares
+    linear, tiled = (
+        _ROWS * _dot(sums)
+        + columns * sum(_dot(packed & _HALF) + _dot(packed >> np.uint32(16)) for packed in pair)
+        - 2 * mean_squares
+        for sums, pair in zip(rows, by_column, strict=True)
+    )
+    return total, linear, tiled
+
+
+def _dot(sums: npt.NDArray[np.unsignedinteger]) -> int:
+    """Sum of squares; all squares that arise here stay far below 2**53."""
+    values = sums.astype(np.float64).ravel()
+    return int(np.dot(values, values))

@@ -23,7 +23,13 @@ from nvfp4check.checkpoint.scan_tally import Bytes, Counter, Tally, count_with_n
 from nvfp4check.checkpoint.scan_tiling import tiling_of
 from nvfp4ref import e2m1, e4m3, layout
 
-COUNTERS = [count_with_numpy, scan_numba.count_with_numba]
+
+def three_sweeps_counter(codes: Bytes, scales: Bytes, tally: Tally) -> None:
+    """The compiled counting of processors without the instructions for a single sweep."""
+    scan_numba.count_by_steps(scan_numba._count, codes, scales, tally)
+
+
+COUNTERS = [count_with_numpy, scan_numba.count_with_numba, three_sweeps_counter]
 
 
 def words_counter(codes: Bytes, scales: Bytes, tally: Tally) -> None:
@@ -84,25 +90,45 @@ def test_every_code_meets_every_scale(count: Counter) -> None:
 
 
 @pytest.mark.parametrize("blocks", [1, 31, 32, 33, 2047, 2048, 2049, 65536, 131072 + 2048 + 5])
-def test_both_counters_agree_across_every_border_of_pieces(blocks: int) -> None:
+@pytest.mark.parametrize("count", COUNTERS[1:])
+def test_all_counters_agree_across_every_border_of_pieces(count: Counter, blocks: int) -> None:
     rng = np.random.default_rng(blocks)
     codes = rng.integers(0, 256, 8 * blocks, dtype=np.uint8)
     scales = rng.integers(0, 256, blocks, dtype=np.uint8)
     plain, compiled = Tally(), Tally()
     count_with_numpy(codes, scales, plain)
-    scan_numba.count_with_numba(codes, scales, compiled)
+    count(codes, scales, compiled)
 
     assert_same(compiled, plain)
 
 
-def test_the_fullest_blocks_do_not_overflow_their_fields() -> None:
+@pytest.mark.parametrize("count", COUNTERS[1:])
+@pytest.mark.parametrize(("code", "sign"), [(0x7, 1), (0xF, -1)])
+def test_the_fullest_blocks_do_not_overflow_their_fields(
+    count: Counter, code: int, sign: int
+) -> None:
     blocks = 8 * 2**14 + 64
-    codes = np.full(8 * blocks, 0x77, np.uint8)
+    codes = np.full(8 * blocks, 17 * code, np.uint8)
     scales = np.full(blocks, 0x7E, np.uint8)
     tally = Tally()
-    scan_numba.count_with_numba(codes, scales, tally)
+    count(codes, scales, tally)
 
-    assert tally.joint[0x7E].tolist() == [blocks, 16 * 144 * blocks, 16 * 12 * blocks]
+    assert tally.joint[0x7E].tolist() == [blocks, 16 * 144 * blocks, sign * 16 * 12 * blocks]
+
+
+@pytest.mark.parametrize("count", COUNTERS)
+@pytest.mark.parametrize("place", range(64))
+@pytest.mark.parametrize(("code", "unfilled"), [(0, False), (1, True), (14, True), (15, False)])
+def test_a_block_without_a_six_is_seen_at_every_place(
+    count: Counter, place: int, code: int, unfilled: bool
+) -> None:
+    codes, scales = np.full(8 * 64, 0x70, np.uint8), np.full(64, 0x38, np.uint8)
+    codes[8 * place : 8 * place + 8] = 0
+    codes[8 * place + place % 8] = code << 4 * (place % 2)
+    tally = Tally()
+    count(codes, scales, tally)
+
+    assert tally.has_unfilled == unfilled
 
 
 @pytest.mark.parametrize("count", COUNTERS)
@@ -115,6 +141,13 @@ def test_tensors_at_odd_addresses_are_counted_alike(count: Counter) -> None:
     count(codes.copy(), scales.copy(), aligned)
 
     assert_same(tally, aligned)
+
+
+def test_moments_of_the_largest_weights_do_not_overflow() -> None:
+    tally = Tally()
+    tally.joint[0xFE] = (2**33, 2**37 * 144, -(2**37) * 12)
+
+    assert tally.moments() == (2**37, 2**37 * 12 * 448 * 512, 2**37 * (12 * 448 * 512) ** 2)
 
 
 def test_moments_are_those_of_the_decoded_weight_exactly() -> None:
@@ -211,6 +244,30 @@ def test_tiled_scales_are_told_by_effects_of_rows_or_columns(columns: int, axis:
 
     assert tiling_of(flat).is_tiled
     assert not tiling_of(scales).is_tiled
+
+
+def explained_by_hand(scales: npt.NDArray[np.uint8]) -> Fraction:
+    """The share of squares that row means and column means explain, stripe by stripe."""
+    explained = everything = Fraction(0)
+    for stripe in scales.reshape(-1, 128, scales.shape[1]).astype(int).tolist():
+        mean = Fraction(sum(map(sum, stripe)), 128 * len(stripe[0]))
+        rows = [Fraction(sum(row), len(row)) - mean for row in stripe]
+        columns = [Fraction(sum(column), 128) - mean for column in zip(*stripe, strict=True)]
+        explained += len(columns) * sum(row * row for row in rows)
+        explained += 128 * sum(column * column for column in columns)
+        everything += sum((value - mean) ** 2 for row in stripe for value in row)
+    return explained / everything
+
+
+@pytest.mark.parametrize("columns", [8, 20])
+def test_shares_of_both_readings_are_exact(columns: int) -> None:
+    rng = np.random.default_rng(columns)
+    scales = rng.integers(0, 256, (256, columns), dtype=np.uint8)
+    scales[:128, 1:3] = 255
+    found = tiling_of(layout.swizzle(torch.from_numpy(scales)).numpy().reshape(scales.shape))
+
+    assert found.tiled_share == float(explained_by_hand(scales))
+    assert tiling_of(scales).linear_share == float(explained_by_hand(scales))
 
 
 def test_scales_of_pure_noise_are_not_called_tiled() -> None:
