@@ -73,7 +73,7 @@ def test_a_tolerance_of_zero_refuses_correct_kernels_that_round():
 
 
 def test_negative_tolerances_and_unknown_rules_are_refused():
-    with pytest.raises(CheckError, match="must not be negative"):
+    with pytest.raises(CheckError, match="negative"):
         tolerance_rule(-1.0, 0.0)
     with pytest.raises(CheckError, match="unknown rule 'nobody': one of vllm"):
         published_rule("nobody")
