@@ -5,8 +5,8 @@ Contract:
               judges the rest: more than some of the projects ask
     expected  the exact product of the decoded operands, or of the operands before they were
               quantised where the project compares with that
-    inputs    random operands of the project's distribution and of a size its tests use, quantised
-              by the reference under the engine's convention with global scales amax / 2688
+    inputs    standard normal operands, of a size near those of the project's tests, quantised by
+              the reference under the engine's convention with global scales amax / 2688
 
 The projects also run other checks than these, and a rule is judged here alone.
 """
@@ -145,10 +145,10 @@ def tolerance_rule(atol: float, rtol: float) -> PublishedRule:
     """Return allclose with tolerances that a user names.
 
     Raises:
-        CheckError: One is negative.
+        CheckError: One is negative, or NaN.
     """
-    if atol < 0 or rtol < 0:
-        raise CheckError(f"--atol {atol} and --rtol {rtol} must not be negative")
+    if not (atol >= 0 and rtol >= 0):
+        raise CheckError(f"--atol {atol} and --rtol {rtol} must be numbers, and not negative")
     return PublishedRule(
         name=f"atol {atol:g}, rtol {rtol:g}",
         rule="|actual - expected| <= atol + rtol |expected|",
@@ -177,7 +177,8 @@ RULES = (
     PublishedRule(
         name="deepgemm",
         rule="1 - 2xy / (xx + yy) < 0.02 with the product before quantisation",
-        source="DeepGEMM, tests/test_fp4.py; calc_diff in deep_gemm/testing/numeric.py",
+        source="DeepGEMM, QuantConfig.max_diff in tests/generators.py; calc_diff in "
+        "deep_gemm/testing/numeric.py",
         judge=partial(_diff, 2e-2),
         shape=(64, 256, 2048),
         against_unquantised=True,
@@ -221,7 +222,7 @@ RULES = (
     PublishedRule(
         name="kernelbench",
         rule="allclose, atol = rtol = 1e-2",
-        source="KernelBench, src/eval.py",
+        source="KernelBench, src/kernelbench/eval.py",
         judge=partial(_close, 1e-2, 1e-2),
         shape=(128, 256, 1024),
     ),
