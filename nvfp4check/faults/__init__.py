@@ -20,6 +20,7 @@ def kernel_faults() -> "tuple[KernelFault, ...]":
     """Return every fault that an operation can show, by its id: F1a, F1b, ... F17e."""
     from nvfp4check.faults import (
         attention,
+        blocks,
         elements,
         global_scales,
         layouts,
@@ -28,7 +29,7 @@ def kernel_faults() -> "tuple[KernelFault, ...]":
         tails,
     )
 
-    groups = (elements, scales, global_scales, layouts, tails, routing, attention)
+    groups = (elements, scales, blocks, global_scales, layouts, tails, routing, attention)
     return tuple(sorted((one for group in groups for one in group.FAULTS), key=_order))
 
 
