@@ -1,9 +1,11 @@
 """The README tells the truth: its commands run and print what it says they print."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,7 @@ def test_a_block_shows_what_its_commands_print(
 ) -> None:
     (tmp_path / "goldens").symlink_to(ROOT / "goldens")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     (*before, line), shown = commands_and_output(block)
     for command in before:
         subprocess.run(command, shell=True, check=True)
@@ -92,7 +95,8 @@ def test_no_command_is_named_that_does_not_exist() -> None:
 def test_the_first_commands_install_and_then_run_every_test() -> None:
     assert SHELL[0] == (
         "python3 -m venv .venv && .venv/bin/pip install . "
-        "&& .venv/bin/nvfp4check validate goldens/tiny-deepseek-v3/nvfp4"
+        "&& .venv/bin/nvfp4check validate goldens/tiny-deepseek-v3/nvfp4 "
+        "--base goldens/tiny-deepseek-v3/fp8"
     )
     assert SHELL[1] == "python3 -m venv .venv && .venv/bin/pip install tox && .venv/bin/tox"
 
