@@ -215,7 +215,7 @@ class Run:
         return layer_file(self.path, layer)
 
     def _tensor(self, file: Path, name: str) -> "torch.Tensor":
-        with _opened(file) as tensors:
+        with opened(file) as tensors:
             if name not in tensors.keys():  # noqa: SIM118  (not a mapping)
                 held = ", ".join(sorted(tensors.keys())[:4])
                 raise CheckError(f"{file}: holds no {name!r}; it holds {held} …")
@@ -223,11 +223,16 @@ class Run:
         return tensor
 
     def _names(self, file: Path) -> list[str]:
-        with _opened(file) as tensors:
+        with opened(file) as tensors:
             return list(tensors.keys())
 
 
-def _opened(file: Path) -> Any:
+def opened(file: Path) -> Any:
+    """Open a file of tensors that is part of a run.
+
+    Raises:
+        CheckError: It is not there, or cannot be read.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -120,8 +120,9 @@ def resolve(path: str) -> Any:
         raise CheckError(f"{path!r} is not MODULE:FUNCTION, for example my_kernels.fp4:quantize")
     try:
         found: Any = importlib.import_module(module_name)
-    except ImportError as error:
-        raise CheckError(f"cannot import {module_name!r} for {path!r}: {error}") from error
+    except Exception as error:  # the border to code that is not ours: it may raise anything
+        reason = str(error) if isinstance(error, ImportError) else repr(error)
+        raise CheckError(f"cannot import {module_name!r} for {path!r}: {reason}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise CheckError(f"module {module_name!r} has no {attribute!r}, needed for {path!r}")

@@ -248,8 +248,8 @@ def begin(options: ReleaseOptions, *, resume: bool) -> State:
     """Return the state of a release's directory, new or as it was left.
 
     Raises:
-        CheckError: The directory holds something and `resume` is not given, or it holds the gate of
-            other checkpoints.
+        CheckError: It is a file, the directory holds something and `resume` is not given, or it
+            holds the gate of other checkpoints.
     """
     path = options.out / STATE_FILE
     of: dict[str, str] = {
@@ -258,6 +258,8 @@ def begin(options: ReleaseOptions, *, resume: bool) -> State:
         "checkpoint_fingerprint": fingerprint(open_checkpoint(options.checkpoint)),
         "base_fingerprint": fingerprint(open_checkpoint(options.base)),
     }
+    if options.out.exists() and not options.out.is_dir():
+        raise CheckError(f"{options.out}: is a file; give --out a new directory")
     if not resume:
         if options.out.exists() and any(options.out.iterdir()):
             raise CheckError(f"{options.out}: is not empty; give a new directory, or --resume")

@@ -135,7 +135,7 @@ def _encoder(storage: Storage) -> Any:
         from tokenizers import Tokenizer
     except ImportError:
         raise CheckError(
-            "text prompts need the tokenizers package: pip install 'nvfp4check[hub]', "
+            "text prompts need the tokenizers package: pip install tokenizers, "
             "or give prompts with tokens"
         ) from None
     source = _read(storage, TOKENIZER_FILE)

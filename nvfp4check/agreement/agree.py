@@ -136,8 +136,8 @@ def agree(reference: Run, candidate: Run, options: AgreeOptions | None = None) -
     """Compare two runs.
 
     Raises:
-        CheckError: They have no prompt in common, a prompt's tokens differ, or neither layers nor
-            logits are there on both sides.
+        CheckError: They have no prompt in common, a prompt's tokens differ, neither layers nor
+            logits are there on both sides, or a noise or forced run is of another checkpoint.
     """
     options = options or AgreeOptions()
     prompts, missing = common_prompts(reference, candidate)
@@ -146,6 +146,10 @@ def agree(reference: Run, candidate: Run, options: AgreeOptions | None = None) -
     others = (*options.noise, options.forced, options.versus)
     for other in (run for run in others if run is not None):
         common_prompts(reference, other)
+    for run in options.noise:
+        _require_same_checkpoint("--noise", run, "the reference", reference)
+    if options.forced is not None:
+        _require_same_checkpoint("--forced", options.forced, "the candidate", candidate)
     held, routing, divergence = _layers(reference, candidate, prompts, integrity, options)
     positions = compare_positions(reference, candidate, prompts, options.head)
     if positions is not None:
@@ -216,6 +220,20 @@ def common_prompts(reference: Run, candidate: Run) -> tuple[tuple[str, ...], lis
         if prompt not in other.prompts
     ]
     return both, problems
+
+
+def _require_same_checkpoint(option: str, run: Run, whose: str, other: Run) -> None:
+    """Refuse a floor or a split that is another model's; a run need not say what it was made of.
+
+    Raises:
+        CheckError: Both say so, and differ.
+    """
+    made, meant = (side.info.checkpoint.get("fingerprint") for side in (run, other))
+    if made is not None and meant is not None and made != meant:
+        raise CheckError(
+            f"{option} {run.path}: is a run of {run.info.checkpoint.get('location')}, expected one "
+            f"of {other.info.checkpoint.get('location')}, as {whose} {other.path} is"
+        )
 
 
 def _tokens_message(left: torch.Tensor, right: torch.Tensor) -> str:

@@ -28,9 +28,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from safetensors import safe_open
 
-from nvfp4check.activations import HIDDEN, ROUTER_POINTS, Run
+from nvfp4check.activations import HIDDEN, ROUTER_POINTS, Run, opened
 from nvfp4check.agreement.layers import VALUE_POINTS, Skip, values
 
 
@@ -72,7 +71,7 @@ class Integrity:
 
 def held(run: Run, layer: int) -> dict[tuple[str, str], tuple[int, ...]]:
     """Return the shape of what a run holds of a layer, by prompt and point."""
-    with safe_open(run.layer_file(layer), framework="pt") as file:
+    with opened(run.layer_file(layer)) as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     split = ((name.rpartition("/"), shape) for name, shape in shapes.items())
     return {(prompt, point): shape for (prompt, _, point), shape in split}

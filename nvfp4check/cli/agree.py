@@ -8,9 +8,8 @@ import typer
 
 from nvfp4check.cli.command import command, make_app
 from nvfp4check.cli.exit_codes import ExitCode
-from nvfp4check.cli.options import OutputOption, chosen_format, require_writable, write
+from nvfp4check.cli.options import OutputOption, prepared_format, require_limits, write
 from nvfp4check.findings import CheckError
-from nvfp4check.report.formats import Format
 from nvfp4check.report.render import render
 
 app = make_app()
@@ -127,7 +126,8 @@ def agree(
     for name, share in (("--alpha", alpha), ("--power", power)):
         if not 0 < share < 1:
             raise CheckError(f"{name} {share}: give a probability between 0 and 1")
-    require_writable(output)
+    require_limits(max_kl, min_top1)
+    into = prepared_format(format, output, AgreeFormat)
 
     from nvfp4check.activations import Run
     from nvfp4check.agreement.agree import AgreeOptions, Judge
@@ -149,7 +149,6 @@ def agree(
         seed=seed,
     )
     result = compare(Run.open(reference), Run.open(candidate), options)
-    into = Format(format.value) if format else chosen_format(None, output)
     document = agree_document(result, Words.of(result.reference, result.candidate))
     write(render(document, into), output)
     codes = {

@@ -10,7 +10,7 @@ import typer
 import nvfp4check
 from nvfp4check.cli.command import command, make_app
 from nvfp4check.cli.exit_codes import ExitCode
-from nvfp4check.cli.options import OutputOption, PlainFormatOption, chosen_format, write
+from nvfp4check.cli.options import OutputOption, PlainFormatOption, prepared_format, write
 from nvfp4check.cli.progress import progress_bar
 from nvfp4check.findings import CheckError
 from nvfp4check.report.render import render
@@ -100,6 +100,8 @@ def logprobs(
     What it answers is kept in RUN/answers, and an interrupted capture goes on with --resume.
     `nvfp4check agree REFERENCE RUN` then holds it against another run.
     """
+    into = prepared_format(format, output)
+
     from nvfp4check.logprobs.capture import CaptureOptions, capture_logprobs
     from nvfp4check.logprobs.client import Client
     from nvfp4check.logprobs.dialects import Server
@@ -122,7 +124,7 @@ def logprobs(
     )
     with progress_bar("Prompts") as bar:
         result = capture_logprobs(client, read_prompts(prompts), out, options, bar)
-    write(render(_document(result), chosen_format(format, output)), output)
+    write(render(_document(result), into), output)
     return ExitCode.HOLDS
 
 

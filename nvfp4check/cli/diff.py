@@ -13,8 +13,7 @@ from nvfp4check.cli.options import (
     Level,
     OutputOption,
     PlainFormatOption,
-    chosen_format,
-    require_writable,
+    prepared_format,
     wants_color,
     write,
 )
@@ -102,7 +101,7 @@ def diff(
     Codes, block scales and global scale are one weight; layouts of different producers are compared
     by their values. Where a difference is a known fault, it is named.
     """
-    require_writable(output)
+    into = prepared_format(format, output)
 
     from nvfp4check.activations import Run
     from nvfp4check.checkpoint.diff.classes import FailOn
@@ -126,7 +125,7 @@ def diff(
     with progress_bar("Comparing", in_bytes=True) as bar:
         result = diff_checkpoints(*sides, options, bar)
     extras = Extras(color=wants_color(output), fail_on=fail_on.value)
-    write(render(result.to_json(least), chosen_format(format, output), extras), output)
+    write(render(result.to_json(least), into, extras), output)
     if any(result.failing(least)):
         return ExitCode.DOES_NOT_HOLD
     return ExitCode.COULD_NOT_CHECK if result.skipped and not allow_skips else ExitCode.HOLDS

@@ -12,8 +12,7 @@ from nvfp4check.cli.options import (
     CheckpointArgument,
     OutputOption,
     PlainFormatOption,
-    chosen_format,
-    require_writable,
+    prepared_format,
     split_ids,
     write,
 )
@@ -55,8 +54,8 @@ def list_faults(
 
     Those of checkpoints are planted by `faults inject`, those of kernels by `kernels power`.
     """
-    require_writable(output)
-    write(render(_document(split_ids(ids), kind), chosen_format(format, output)), output)
+    into = prepared_format(format, output)
+    write(render(_document(split_ids(ids), kind), into), output)
     return ExitCode.HOLDS
 
 
@@ -91,12 +90,12 @@ def inject_fault(
 
     Files that stay as they are become hard links; the original is never written.
     """
-    require_writable(output)
+    into = prepared_format(format, output)
 
     from nvfp4check.checkpoint.faults.injection import inject
 
     planted = inject(checkpoint, target, fault, tensor=tensor, seed=seed)
-    write(render(planted.to_json(), chosen_format(format, output)), output)
+    write(render(planted.to_json(), into), output)
     return ExitCode.HOLDS
 
 

@@ -13,7 +13,7 @@ from nvfp4check.cli.options import (
     CheckpointArgument,
     OutputOption,
     PlainFormatOption,
-    chosen_format,
+    prepared_format,
     write,
 )
 from nvfp4check.cli.progress import progress_bar
@@ -142,6 +142,8 @@ def forward(
     The run directory is its own journal: killed at any moment, the same command with --resume ends
     with the same bytes.
     """
+    into = prepared_format(format, output)
+
     from nvfp4check.forward.options import (
         Activations,
         Arithmetic,
@@ -168,7 +170,7 @@ def forward(
         resume=resume,
     )
     result = _run(checkpoint, _prompts(prompts, text or []), out, options)
-    write(render(forward_document(result), chosen_format(format, output)), output)
+    write(render(forward_document(result), into), output)
     return ExitCode.HOLDS
 
 

@@ -9,7 +9,7 @@ import typer
 import nvfp4check
 from nvfp4check.cli.command import command, make_app
 from nvfp4check.cli.exit_codes import ExitCode
-from nvfp4check.cli.options import OutputOption, PlainFormatOption, chosen_format, write
+from nvfp4check.cli.options import OutputOption, PlainFormatOption, prepared_format, write
 from nvfp4check.report.render import render
 
 if TYPE_CHECKING:
@@ -54,10 +54,11 @@ def record(
     The exit code is 0 only if the golden held the same bytes already: what is recorded now has not
     been checked by anyone, and must not pass in the step that records it.
     """
+    into = prepared_format(format, output)
     from nvfp4check import goldens
 
     comparison = goldens.record(run, golden, origin, replace=replace)
-    write(render(_document("record", comparison), chosen_format(format, output)), output)
+    write(render(_document("record", comparison), into), output)
     return ExitCode.HOLDS if comparison.holds else ExitCode.DOES_NOT_HOLD
 
 
@@ -90,10 +91,11 @@ def verify(
     output: OutputOption = None,
 ) -> int:
     """Check a golden against its manifest, and a run, or a fresh one, against the golden."""
+    into = prepared_format(format, output)
     from nvfp4check import goldens
 
     comparison = goldens.verify(golden, run, checkpoint, goldens.Closeness(close.value))
-    write(render(_document("verify", comparison), chosen_format(format, output)), output)
+    write(render(_document("verify", comparison), into), output)
     return ExitCode.HOLDS if comparison.holds else ExitCode.DOES_NOT_HOLD
 
 

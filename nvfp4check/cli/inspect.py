@@ -11,8 +11,7 @@ from nvfp4check.cli.options import (
     Level,
     OutputOption,
     PlainFormatOption,
-    chosen_format,
-    require_writable,
+    prepared_format,
     write,
 )
 from nvfp4check.cli.progress import progress_bar
@@ -48,7 +47,7 @@ def inspect(
     output: OutputOption = None,
 ) -> int:
     """Show what is in a checkpoint: formats, sizes, histograms of codes and scales."""
-    require_writable(output)
+    into = prepared_format(format, output)
 
     from nvfp4check.checkpoint.inspection import inspect as look
     from nvfp4check.checkpoint.opening import open_checkpoint
@@ -65,5 +64,5 @@ def inspect(
                 bar(done, opened.nbytes)
 
         result = look(opened, tensor, level=RuleLevel(level.value), progress=report)
-    write(render(result.to_json(), chosen_format(format, output)), output)
+    write(render(result.to_json(), into), output)
     return ExitCode.COULD_NOT_CHECK if result.skipped else ExitCode.HOLDS

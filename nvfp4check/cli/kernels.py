@@ -8,7 +8,7 @@ import nvfp4check
 from nvfp4check.cli import kernels_bench, kernels_codegen, kernels_power
 from nvfp4check.cli.command import command, make_app
 from nvfp4check.cli.exit_codes import ExitCode
-from nvfp4check.cli.options import OutputOption, PlainFormatOption, chosen_format, write
+from nvfp4check.cli.options import OutputOption, PlainFormatOption, prepared_format, write
 from nvfp4check.findings import CheckError
 from nvfp4check.report.render import render
 
@@ -38,7 +38,8 @@ def list_(
     output: OutputOption = None,
 ) -> int:
     """List the operations, the implementations found, and why one is unavailable."""
-    write(render(list_document(op, device), chosen_format(format, output)), output)
+    into = prepared_format(format, output)
+    write(render(list_document(op, device), into), output)
     return ExitCode.HOLDS
 
 
@@ -58,7 +59,7 @@ def try_(
     device: DeviceOption = "cpu",
     seed: Annotated[int, typer.Option(help="Where generated inputs start from.")] = 0,
     max_examples: Annotated[
-        int | None, typer.Option(help="Inputs drawn where there is no end of them.")
+        int | None, typer.Option(min=1, help="Inputs drawn where there is no end of them.")
     ] = None,
     allow_skips: Annotated[
         bool, typer.Option("--allow-skips", help="Exit 0 though a property could not be asked.")
@@ -67,8 +68,9 @@ def try_(
     output: OutputOption = None,
 ) -> int:
     """Try every property of an operation on a kernel; exit 1 if one is broken."""
+    into = prepared_format(format, output)
     document = outcome_document(op, impl, convention, device, seed, max_examples)
-    write(render(document, chosen_format(format, output)), output)
+    write(render(document, into), output)
     runs = document.get("runs") or [document]
     verdicts = [law["verdict"] for run in runs for law in run["properties"]]
     if "fail" in verdicts:

@@ -9,7 +9,7 @@ import typer
 
 import nvfp4check
 from nvfp4check.cli.exit_codes import ExitCode
-from nvfp4check.cli.options import OutputOption, PlainFormatOption, chosen_format, write
+from nvfp4check.cli.options import OutputOption, PlainFormatOption, prepared_format, write
 from nvfp4check.findings import CheckError
 from nvfp4check.report.render import render
 
@@ -47,12 +47,13 @@ def bench(
     Times stand beside the copy bandwidth and the matrix rate measured in the same run. Exit 1 if
     a kernel that was timed breaks a law of its operation; exit 2 without a GPU.
     """
+    into = prepared_format(format, output)
     if chip and not predict:
         raise CheckError("--chip goes with --predict: a bench is of the GPU at hand")
     if tune and predict:
         raise CheckError("--tune times on a GPU, and --predict needs none: give one of them")
     document = predict_document(op, chip or []) if predict else bench_document(op, tune)
-    write(render(document, chosen_format(format, output)), output)
+    write(render(document, into), output)
     wrong = "fail" in document.get("correct", {}).values()
     return ExitCode.DOES_NOT_HOLD if wrong else ExitCode.HOLDS
 

@@ -12,7 +12,7 @@ import typer
 
 import nvfp4check
 from nvfp4check.cli.exit_codes import ExitCode
-from nvfp4check.cli.options import OutputOption, PlainFormatOption, chosen_format, write
+from nvfp4check.cli.options import OutputOption, PlainFormatOption, prepared_format, write
 from nvfp4check.findings import CheckError
 from nvfp4check.report.render import render
 
@@ -67,6 +67,7 @@ def codegen(
     Every kernel must store something, spill nothing and fit the chip. A kernel of this project
     must have its native instructions and vector accesses too.
     """
+    into = prepared_format(format, output)
     if find_spec("triton") is None:
         raise CheckError("codegen compiles with triton, which is not installed: pip install triton")
     from nvfp4check.kernels.codegen_checks import check_kernel
@@ -80,7 +81,7 @@ def codegen(
         work = list(own_work(kernel, archs))
     results = [check_kernel(source, architecture, needs) for source, architecture, needs in work]
     document = codegen_document(results)
-    write(render(document, chosen_format(format, output)), output)
+    write(render(document, into), output)
     return ExitCode.HOLDS if document["verdict"] == "pass" else ExitCode.DOES_NOT_HOLD
 
 

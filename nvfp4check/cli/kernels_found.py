@@ -64,8 +64,11 @@ def chosen(
     """Return the implementations that a user asked for, by name, by path, or all available.
 
     Raises:
-        CheckError: None is called so, or the one named is not available.
+        CheckError: None is called so, the one named is not available, or the device is not there.
     """
+    from nvfp4check.forward.setup import device_of
+
+    device_of(device)
     if op is not None:
         operation(op)
     if impl is not None and ":" in impl:

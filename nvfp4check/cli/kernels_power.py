@@ -7,7 +7,7 @@ import typer
 
 import nvfp4check
 from nvfp4check.cli.exit_codes import ExitCode
-from nvfp4check.cli.options import OutputOption, PlainFormatOption, chosen_format, write
+from nvfp4check.cli.options import OutputOption, PlainFormatOption, prepared_format, write
 from nvfp4check.findings import CheckError
 from nvfp4check.report.render import render
 
@@ -46,8 +46,9 @@ def power(
     output: OutputOption = None,
 ) -> int:
     """Plant every known fault; exit 1 if a suite misses one or rejects a correct kernel."""
+    into = prepared_format(format, output)
     document = power_document(op, impl, convention, rule, atol, rtol, device=device, seed=seed)
-    write(render(document, chosen_format(format, output)), output)
+    write(render(document, into), output)
     return ExitCode.HOLDS if document["verdict"] == "pass" else ExitCode.DOES_NOT_HOLD
 
 

@@ -70,9 +70,27 @@ PlainFormatOption = Annotated[
 ]
 
 
-def chosen_format(asked: StrEnum | None, output: Path | None) -> Format:
-    """Return the format to write: the one asked for, else the one the file's name says."""
-    return format_of(output) if asked is None else Format(asked.value)
+def prepared_format(
+    asked: StrEnum | None, output: Path | None, formats: type[StrEnum] = PlainFormat
+) -> Format:
+    """Return the format to write: the one asked for, else the one the file's name says.
+
+    It is called before the work, so that no result is computed that then has no place or no form.
+
+    Raises:
+        CheckError: The result has no place, or the file's name asks for none of `formats`.
+    """
+    require_writable(output)
+    if asked is not None:
+        return Format(asked.value)
+    named = format_of(output)
+    known = [format.value for format in formats]
+    if named.value not in known:
+        raise CheckError(
+            f"cannot write {output}: this command has no {named.value} result; give another "
+            f"suffix, or --format {', '.join(known[:-1])} or {known[-1]}"
+        )
+    return named
 
 
 def wants_color(output: Path | None) -> bool:
@@ -85,6 +103,18 @@ def split_ids(values: list[str] | None) -> tuple[str, ...]:
     """Return the ids of a repeatable option that also takes several ids with commas between."""
     parts = (part.strip().upper() for value in values or () for part in value.split(","))
     return tuple(part for part in parts if part)
+
+
+def require_limits(max_kl: float | None, min_top1: float | None) -> None:
+    """Check that limits on logits are numbers that a result can keep or break.
+
+    Raises:
+        CheckError: One is NaN, or the limit on KL is negative.
+    """
+    if max_kl is not None and not max_kl >= 0:
+        raise CheckError(f"--max-kl {max_kl}: give a limit in nats that is 0 or more")
+    if min_top1 is not None and not 0 <= min_top1 <= 1:
+        raise CheckError(f"--min-top1 {min_top1}: give a share between 0 and 1")
 
 
 def require_writable(output: Path | None) -> None:

@@ -14,8 +14,8 @@ from nvfp4check.cli.options import (
     CheckpointArgument,
     OutputOption,
     PlainFormatOption,
-    chosen_format,
-    require_writable,
+    prepared_format,
+    require_limits,
     write,
 )
 from nvfp4check.report.render import render
@@ -108,6 +108,8 @@ def release(
     Each step is a command that also runs alone: --plan prints them. The exit code is that of the
     worst step: 1, then 2, then 3. Without a limit on logits the comparison is undecided.
     """
+    require_limits(max_kl, min_top1)
+
     from nvfp4check.release import ReleaseOptions, begin
     from nvfp4check.release import plan as make_plan
 
@@ -132,7 +134,7 @@ def release(
     if plan:
         write("".join(f"{step.command}\n" for step in steps), output)
         return ExitCode.HOLDS
-    require_writable(output)
+    into = prepared_format(format, output)
     state = begin(options, resume=resume)
     *computed, page = steps
     for step in computed:
@@ -141,7 +143,7 @@ def release(
     state.write()
     if (code := _run_page(page, state)) != ExitCode.HOLDS:
         return code
-    write(render(state.document(), chosen_format(format, output)), output)
+    write(render(state.document(), into), output)
     return state.code
 
 

@@ -14,8 +14,7 @@ from nvfp4check.cli.options import (
     OutputOption,
     PlainFormat,
     PlainFormatOption,
-    chosen_format,
-    require_writable,
+    prepared_format,
     write,
 )
 from nvfp4check.cli.rules import rules_document
@@ -46,17 +45,17 @@ def report(
 
     Without --output or --format it is a page, one self-contained HTML file.
     """
-    require_writable(output)
+    if format is None and output is None:
+        format = PlainFormat.HTML
+    into = prepared_format(format, output)
     inputs = [_input(file) for file in files]
     document = {
         "schema": "nvfp4check/report/1",
         "tool": {"name": "nvfp4check", "version": nvfp4check.__version__},
         "inputs": inputs,
     }
-    if format is None and output is None:
-        format = PlainFormat.HTML
     extras = Extras(rules={rule["id"]: rule for rule in rules_document()["rules"]})
-    write(render(document, chosen_format(format, output), extras), output)
+    write(render(document, into, extras), output)
     return ExitCode.HOLDS
 
 
@@ -72,11 +71,19 @@ def _input(file: Path) -> dict[str, Any]:
         kind = kind_of_document(document)
     except CheckError as error:
         raise CheckError(f"{file}: {error}") from error
+    verdict = document.get("verdict")
+    if not str(document["schema"]).endswith("/1"):
+        raise CheckError(
+            f"{file}: schema {document['schema']!r} is of another version than nvfp4check "
+            f"{nvfp4check.__version__} writes; join it with the version that wrote it"
+        )
+    if verdict is not None and not isinstance(verdict, str):
+        raise CheckError(f"{file}: verdict {verdict!r} is no text; write the result again")
     return {
         "file": str(file),
         "sha256": hashlib.sha256(data).hexdigest(),
         "bytes": len(data),
         "kind": kind,
-        "verdict": document.get("verdict"),
+        "verdict": verdict,
         "document": document,
     }

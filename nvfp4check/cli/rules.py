@@ -7,7 +7,13 @@ import typer
 import nvfp4check
 from nvfp4check.cli.command import command, make_app
 from nvfp4check.cli.exit_codes import ExitCode
-from nvfp4check.cli.options import OutputOption, PlainFormatOption, chosen_format, split_ids, write
+from nvfp4check.cli.options import (
+    OutputOption,
+    PlainFormatOption,
+    prepared_format,
+    split_ids,
+    write,
+)
 from nvfp4check.findings import CheckError
 from nvfp4check.report.render import render
 
@@ -34,8 +40,9 @@ def rules(
     output: OutputOption = None,
 ) -> int:
     """List every rule, or explain some: what, why, which public incident, how to repair."""
+    into = prepared_format(format, output)
     document = rules_document(split_ids(ids))
-    write(render(document, chosen_format(format, output)), output)
+    write(render(document, into), output)
     return ExitCode.HOLDS
 
 

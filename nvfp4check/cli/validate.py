@@ -15,8 +15,7 @@ from nvfp4check.cli.options import (
     FindingsFormatOption,
     Level,
     OutputOption,
-    chosen_format,
-    require_writable,
+    prepared_format,
     split_ids,
     wants_color,
     write,
@@ -123,7 +122,7 @@ def validate(
     """
     selected, ignored = split_ids(select), split_ids(ignore)
     require_rules((*selected, *ignored))
-    require_writable(output)
+    into = prepared_format(format, output, Format)
 
     from nvfp4check.checkpoint.opening import open_checkpoint
     from nvfp4check.checkpoint.rules.base import RuleLevel
@@ -150,7 +149,6 @@ def validate(
     opened = open_checkpoint(checkpoint)
     with _progress() as progress:
         result = run(opened, options, progress)
-    into = chosen_format(format, output)
     extras = _extras(opened, level, into, color=wants_color(output), fail_on=fail_on.value)
     write(render(result.to_json(), into, extras), output)
     return exit_code(result, least, allow_skips)

@@ -77,6 +77,12 @@ def check_weights(checkpoint: Checkpoint, config: DeepseekV3Config, layers: rang
     Raises:
         CheckError: So it is; the message names the first of them.
     """
+    if checkpoint.unreadable or not checkpoint.weights:
+        named = next(iter(checkpoint.unreadable.items()), None)
+        what = f"{named[0]}: {named[1]}" if named else "holds no shard that can be read"
+        raise CheckError(
+            f"{checkpoint.location}: {what}; `nvfp4check validate` says more, and what to do"
+        )
     most = max(layers.stop, config.n_routed_experts)
     if most > len(checkpoint.weights):
         raise CheckError(

@@ -8,6 +8,7 @@ when the run is complete, unless layers of the model are left that a later run m
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -118,11 +119,19 @@ def _check_reach(run: Path, done: int, first: int, stop: int) -> None:
         raise CheckError(f"{run}: has layers 0 to {done - 1} already, more than up to {stop - 1}")
 
 
+def _difference(name: str, then: Any, now: Any) -> str:
+    """Say in what a field differs; of a mapping, such as the model's config, in which keys."""
+    if not (isinstance(then, dict) and isinstance(now, dict)):
+        return f"{name} {then!r} then, {now!r} now"
+    keys = [key for key in {**then, **now} if _plain(then.get(key)) != _plain(now.get(key))]
+    return f"{name} differs in {', '.join(keys)}"
+
+
 def _check_same(run: Path, found: RunInfo, asked: RunInfo) -> None:
     """Refuse to continue a run that was made differently; all differences are named."""
     before, now = found.to_json(), asked.to_json()
     differ = [
-        f"{name} {before[name]!r} then, {now[name]!r} now"
+        _difference(name, before.get(name), now[name])
         for name in now
         if name not in _FREE and _plain(before.get(name)) != _plain(now[name])
     ]

@@ -82,15 +82,19 @@ class Client:
                     raise CheckError(f"{request.full_url}: {message}") from None
                 wait = _asked_wait(error) or wait
             except (OSError, HTTPException) as error:  # URLError, timeouts, a connection cut off
-                message = str(error)
+                message = str(getattr(error, "reason", error))
             except ValueError as error:
                 message = f"no JSON: {error}"
             if attempt < self.retries:
                 self.sleep(wait)
         raise CheckError(
-            f"{request.full_url}: {message}; tried {self.retries + 1} times. Is the server up? "
+            f"{request.full_url}: {message}; {_times(self.retries + 1)}. Is the server up? "
             "Continue later with the same command and --resume"
         )
+
+
+def _times(tries: int) -> str:
+    return "tried once" if tries == 1 else f"tried {tries} times"
 
 
 def _reason(error: urllib.error.HTTPError) -> str:

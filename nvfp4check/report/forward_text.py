@@ -5,6 +5,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from nvfp4check.report.fold import size_text
 from nvfp4check.report.visible import visible
 
 PROMPT_HEADERS = ("prompt", "tokens", "next token", "probability", "text")
@@ -32,7 +33,7 @@ def forward_facts(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("run", document["run"]),
         ("arithmetic", f"{document['mode']}, KV cache {document['kv_cache']}, {document['dtype']}"),
         ("layers", f"{first} to {stop - 1}, {document['layers_computed']} computed by this call"),
-        ("read", f"{document['bytes_read'] / 1e9:.2f} GB in {document['seconds']:.1f} s"),
+        ("read", f"{size_text(document['bytes_read'])} in {document['seconds']:.1f} s"),
     ]
     spent = ", ".join(f"{k} {v:.1f} s" for k, v in document["seconds_by_work"].items())
     if spent:

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jinja2 import TemplateError
 from markupsafe import Markup
 from tabulate import tabulate
 
+from nvfp4check.findings import CheckError
 from nvfp4check.report.page import render_page
 from nvfp4check.report.visible import visible
 
@@ -61,7 +63,7 @@ def joined_html(document: Mapping[str, Any], page_of: PageOf, text_of: TextOf) -
     """Return the page: the list of inputs, and below it what each result's own page shows."""
     sections = []
     for number, entry in enumerate(document["inputs"], start=1):
-        page = page_of(entry["document"])
+        page, text = _shown(entry, page_of, text_of)
         sections.append(
             {
                 "anchor": f"result-{number}",
@@ -71,12 +73,31 @@ def joined_html(document: Mapping[str, Any], page_of: PageOf, text_of: TextOf) -
                 "file": entry["file"],
                 "sha256": entry["sha256"],
                 "body": Markup(body_of(page)) if page is not None else None,
-                "text": text_of(entry["document"]) if page is None else None,
+                "text": text,
             }
         )
     return render_page(
         "joined.html.j2", headers=HEADERS, rows=input_rows(document), sections=sections
     )
+
+
+def _shown(
+    entry: Mapping[str, Any], page_of: PageOf, text_of: TextOf
+) -> tuple[str | None, str | None]:
+    """Return the page of a result, or its text where its kind has no page.
+
+    Raises:
+        CheckError: The file has the schema of a result and not its fields.
+    """
+    document = entry["document"]
+    try:
+        page = page_of(document)
+        return page, text_of(document) if page is None else None
+    except (LookupError, TypeError, ValueError, AttributeError, TemplateError) as error:
+        raise CheckError(
+            f"{entry['file']}: is no whole {entry['kind']} result ({error!r}); write it again with "
+            "--format json"
+        ) from error
 
 
 def body_of(page: str) -> str:

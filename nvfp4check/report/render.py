@@ -396,6 +396,17 @@ def _capture_markdown(document: Document, extras: Extras) -> str:
     return capture_text(document, "github")
 
 
+def _plain_html(title: str, text: Renderer) -> Renderer:
+    """Return what makes a page of a result's text, for kinds whose tables are all there is."""
+
+    def page(document: Document, extras: Extras) -> str:
+        from nvfp4check.report.page import render_page
+
+        return render_page("plain.html.j2", title=title, text=text(document, Extras()))
+
+    return page
+
+
 _RENDERERS: dict[tuple[str, Format], Renderer] = {
     ("validate", Format.TEXT): _validate_text,
     ("validate", Format.MARKDOWN): _validate_markdown,
@@ -425,8 +436,10 @@ _RENDERERS: dict[tuple[str, Format], Renderer] = {
     ("faults", Format.HTML): _faults_html,
     ("bench", Format.TEXT): _bench_text,
     ("bench", Format.MARKDOWN): _bench_markdown,
+    ("bench", Format.HTML): _plain_html("Kernel timings", _bench_text),
     ("codegen", Format.TEXT): _codegen_text,
     ("codegen", Format.MARKDOWN): _codegen_markdown,
+    ("codegen", Format.HTML): _plain_html("Compiled kernels", _codegen_text),
     ("agree", Format.TEXT): _agree_text,
     ("agree", Format.MARKDOWN): _agree_markdown,
     ("agree", Format.HTML): _agree_html,
@@ -439,6 +452,7 @@ _RENDERERS: dict[tuple[str, Format], Renderer] = {
     ("report", Format.HTML): _report_html,
     ("capture", Format.TEXT): _capture_text,
     ("capture", Format.MARKDOWN): _capture_markdown,
+    ("capture", Format.HTML): _plain_html("Capture from a server", _capture_text),
     ("golden", Format.TEXT): _golden_text,
     ("golden", Format.MARKDOWN): _golden_markdown,
     ("golden", Format.HTML): _golden_html,

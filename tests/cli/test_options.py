@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nvfp4check.cli.options import chosen_format, split_ids, wants_color, write
+from nvfp4check.cli.options import prepared_format, split_ids, wants_color, write
 from nvfp4check.findings import CheckError
 from nvfp4check.report.formats import Format
 
@@ -112,7 +112,7 @@ def test_a_stream_that_cannot_say_a_character_gets_its_escape() -> None:
 def test_the_format_is_the_one_asked_for_else_the_suffix(
     asked: Format | None, output: str | None, expected: Format
 ) -> None:
-    assert chosen_format(asked, Path(output) if output else None) is expected
+    assert prepared_format(asked, Path(output) if output else None, Format) is expected
 
 
 def test_ids_may_be_repeated_or_joined_by_commas() -> None:
