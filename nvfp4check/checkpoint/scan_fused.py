@@ -3,8 +3,9 @@
 Steps of 32 blocks, four vectors of 512 bits. In each:
     1. a word of 16 codes becomes one number that holds three counts (block, sum of s, sum of
        (s * s - s) / 2, s being a code in halves), by look-ups of bytes and sums of bytes
-    2. these numbers are added up by scale byte; this keeps the scalar units busy, the rest the
-       vector units
+    2. the numbers of some steps before are added up by scale byte, which keeps the scalar units
+       busy while all else is the work of the vector units; to take numbers just stored as vectors
+       word by word from the store queue would make it wait
     3. the four vectors are turned into the bit planes of their codes; counting the set bits of
        the planes' 15 products gives the histogram of codes
     4. the product of the three planes of the magnitude tells whether every block has a +-6
@@ -17,6 +18,7 @@ For processors with byte look-ups across a vector and vector bit counts (AVX512-
 """
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -47,7 +49,9 @@ PLANE_SETS = range(1, 16)
 #: By code, (s * s - s) / 2: two of them fit a byte, two squares do not.
 _TRIANGLES = [(half * half - half) // 2 for half in SIGNED]
 #: Bytes by which codes are asked for before they are needed.
-_AHEAD = 4096
+_AHEAD = 8192
+#: Steps whose numbers are kept, a power of two, and steps after which numbers are added up.
+_KEPT, _DELAY = 8, 6
 
 _intrinsic: Callable[..., Any] = intrinsic
 _cg: Any = cgutils
@@ -114,20 +118,107 @@ def _number(builder: Any, words: Any) -> Any:
     return builder.or_(builder.or_(summed(_TRIANGLES), sums), _every(1 << COUNT_SHIFT))
 
 
-def _has_unfilled(builder: Any, vectors: list[Any]) -> Any:
-    """Whether some block is live without a six, as a byte that is not zero."""
-    found = ir.Constant(_INT8, 0)
-    for words in vectors:
-        sixes = builder.and_(words, _shifted_right(builder, words, 1))
-        sixes = builder.and_(sixes, _shifted_right(builder, words, 2))
-        sixes = builder.and_(sixes, _every(0x1111111111111111))
-        live = builder.and_(words, _every(0x7777777777777777))
-        unfilled = builder.and_(
-            builder.icmp_unsigned("==", sixes, _every(0)),
-            builder.icmp_unsigned("!=", live, _every(0)),
-        )
-        found = builder.or_(found, builder.bitcast(unfilled, _INT8))
-    return found
+def _index(value: int) -> Any:
+    return ir.Constant(_INT64, value)
+
+
+class _Sweep:
+    """Writes the parts of a step."""
+
+    def __init__(self, builder: Any, codes: Any, scales: Any, tables: Any) -> None:
+        self.b = builder
+        self.codes, self.scales, self.tables = codes, scales, tables
+        numbers = _cg.alloca_once(builder, ir.ArrayType(_INT64, _KEPT * STEP))
+        numbers.align = 64
+        self.numbers = builder.bitcast(numbers, _INT64.as_pointer())
+        self.totals = {s: _cg.alloca_once_value(builder, _every(0)) for s in PLANE_SETS}
+        self.unfilled = _cg.alloca_once_value(builder, ir.Constant(_INT8, 0))
+
+    def _declared(self, name: str, kind: Any) -> Any:
+        return _cg.get_or_insert_function(self.b.module, kind, name)
+
+    def _kept(self, step: Any, place: int) -> Any:
+        """Address of a number of a step."""
+        b = self.b
+        first = b.mul(b.and_(step, _index(_KEPT - 1)), _index(STEP))
+        return b.gep(self.numbers, [b.add(first, _index(place))])
+
+    def load(self, block: Any) -> list[Any]:
+        """Load the vectors of a step, and ask for those of a later one."""
+        b = self.b
+        arguments = [_INT8.as_pointer(), _INT32, _INT32, _INT32]
+        prefetch = self._declared("llvm.prefetch.p0", ir.FunctionType(ir.VoidType(), arguments))
+        to_read_soon = [ir.Constant(_INT32, value) for value in (0, 3, 1)]
+        start = b.gep(self.codes, [b.mul(block, _index(CODE_BYTES))])
+        vectors = []
+        for number in range(VECTORS):
+            place = b.gep(start, [_index(LANES * CODE_BYTES * number)])
+            b.call(prefetch, [b.gep(place, [_index(_AHEAD)]), *to_read_soon])
+            vectors.append(b.load(b.bitcast(place, _WORDS.as_pointer()), align=1))
+        return vectors
+
+    def keep_numbers(self, step: Any, vectors: list[Any]) -> None:
+        """Pack the counts of each block and keep them for later."""
+        for number, words in enumerate(vectors):
+            place = self._kept(step, LANES * number)
+            at = self.b.bitcast(place, _WORDS.as_pointer())
+            self.b.store(_number(self.b, words), at, align=64)
+
+    def add_by_scale(self, step: Any, block: Any) -> None:
+        """Add the numbers kept of a step to the tables."""
+        b = self.b
+        for first in range(0, STEP, TABLES):
+            at = b.gep(self.scales, [b.add(block, _index(first))])
+            eight = b.load(b.bitcast(at, _INT64.as_pointer()), align=1)
+            for table in range(TABLES):
+                byte = b.and_(b.lshr(eight, _index(8 * table)), _index(255))
+                entry = b.gep(self.tables, [b.add(byte, _index(TABLE_PITCH * table))])
+                number = b.load(self._kept(step, first + table))
+                b.store(b.add(b.load(entry), number), entry)
+
+    def count_planes(self, vectors: list[Any]) -> Any:
+        """Count bits of all products of planes; return that of the three of the magnitude."""
+        b = self.b
+        count = self._declared(f"llvm.ctpop.v{LANES}i64", ir.FunctionType(_WORDS, [_WORDS]))
+        planes = _planes(b, *vectors)
+        products: dict[int, Any] = {}
+        for s, total in self.totals.items():
+            lowest = s & -s
+            plane = planes[lowest.bit_length() - 1]
+            products[s] = b.and_(products[s - lowest], plane) if s > lowest else plane
+            b.store(b.add(b.load(total), b.call(count, [products[s]])), total)
+        return products[7]
+
+    def note_unfilled(self, vectors: list[Any], sixes: Any) -> None:
+        """Look closer where some block has no six: a block of zeros needs none."""
+        b = self.b
+        each = [
+            b.icmp_unsigned("!=", b.and_(sixes, _every(0x1111111111111111 << bit)), _every(0))
+            for bit in range(VECTORS)
+        ]
+        filled = b.bitcast(reduce(b.and_, each), _INT8)
+        with b.if_then(b.icmp_unsigned("!=", filled, ir.Constant(_INT8, 255)), likely=False):
+            found = b.load(self.unfilled)
+            for words in vectors:
+                six = b.and_(words, _shifted_right(b, words, 1))
+                six = b.and_(b.and_(six, _shifted_right(b, words, 2)), _every(0x1111111111111111))
+                live = b.and_(words, _every(0x7777777777777777))
+                unfilled = b.and_(
+                    b.icmp_unsigned("==", six, _every(0)), b.icmp_unsigned("!=", live, _every(0))
+                )
+                found = b.or_(found, b.bitcast(unfilled, _INT8))
+            b.store(found, self.unfilled)
+
+    def finish(self, counts: Any, seen: Any) -> None:
+        """Add up the lanes of the totals, and hand over whether a block was unfilled."""
+        b = self.b
+        for s, total in self.totals.items():
+            place = b.gep(counts, [_index(s)])
+            lanes = [
+                b.extract_element(b.load(total), ir.Constant(_INT32, lane)) for lane in range(LANES)
+            ]
+            b.store(reduce(b.add, lanes, b.load(place)), place)
+        b.store(b.or_(b.load(seen), b.zext(b.load(self.unfilled), _INT64)), seen)
 
 
 @_intrinsic
@@ -152,83 +243,23 @@ def _count_steps(
             array = context.make_array(kind)(context, builder, arguments[position])
             return builder.bitcast(array.data, form.as_pointer())
 
-        def index(value: int) -> Any:
-            return ir.Constant(_INT64, value)
+        def block_of(step: Any) -> Any:
+            return builder.add(arguments[2], builder.mul(step, _index(STEP)))
 
-        codes_at, scales_at = data(0, _INT8), data(1, _INT8)
-        tables_at, counts_at, seen_at = data(4, _INT64), data(5, _INT64), data(6, _INT64)
-        numbers = _cg.alloca_once(builder, ir.ArrayType(_WORDS, VECTORS))
-        numbers.align = 64
-        numbers_at = builder.bitcast(numbers, _INT64.as_pointer())
-        flag = _cg.alloca_once_value(builder, ir.Constant(_INT8, 0))
-        totals = {s: _cg.alloca_once_value(builder, _every(0)) for s in PLANE_SETS}
-        prefetch = _cg.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(ir.VoidType(), [_INT8.as_pointer(), _INT32, _INT32, _INT32]),
-            "llvm.prefetch.p0",
-        )
-
-        for_reading = [ir.Constant(_INT32, value) for value in (0, 3, 1)]
-        count_bits = _cg.get_or_insert_function(
-            builder.module, ir.FunctionType(_WORDS, [_WORDS]), f"llvm.ctpop.v{LANES}i64"
-        )
-
-        with _cg.for_range(builder, arguments[3], intp=_INT64) as loop:
-            block = builder.add(arguments[2], builder.mul(loop.index, index(STEP)))
-            start = builder.gep(codes_at, [builder.mul(block, index(CODE_BYTES))])
-            vectors = []
-            for number in range(VECTORS):
-                place = builder.gep(start, [index(64 * number)])
-                ahead = builder.gep(place, [index(_AHEAD)])
-                builder.call(prefetch, [ahead, *for_reading])
-                at = builder.bitcast(place, _WORDS.as_pointer())
-                vectors.append(builder.load(at, align=1))
-                target = builder.gep(numbers, [ir.Constant(_INT32, 0), ir.Constant(_INT32, number)])
-                builder.store(_number(builder, vectors[-1]), target, align=64)
-
-            planes = _planes(builder, *vectors)
-            products: dict[int, Any] = {}
-            for s in PLANE_SETS:
-                lowest = s & -s
-                plane = planes[lowest.bit_length() - 1]
-                products[s] = builder.and_(products[s - lowest], plane) if s > lowest else plane
-                total = builder.load(totals[s])
-                builder.store(
-                    builder.add(total, builder.call(count_bits, [products[s]])), totals[s]
-                )
-
-            filled = None
-            for bit in range(4):
-                has_six = builder.icmp_unsigned(
-                    "!=", builder.and_(products[7], _every(0x1111111111111111 << bit)), _every(0)
-                )
-                filled = has_six if filled is None else builder.and_(filled, has_six)
-            all_filled = builder.icmp_unsigned(
-                "==", builder.bitcast(filled, _INT8), ir.Constant(_INT8, 255)
-            )
-            with builder.if_then(builder.not_(all_filled), likely=False):
-                found = _has_unfilled(builder, vectors)
-                builder.store(builder.or_(builder.load(flag), found), flag)
-
-            for group in range(STEP // TABLES):
-                at = builder.gep(scales_at, [builder.add(block, index(TABLES * group))])
-                eight = builder.load(builder.bitcast(at, _INT64.as_pointer()), align=1)
-                for table in range(TABLES):
-                    byte = builder.and_(builder.lshr(eight, index(8 * table)), index(255))
-                    entry = builder.gep(tables_at, [builder.add(byte, index(TABLE_PITCH * table))])
-                    packed = builder.load(builder.gep(numbers_at, [index(TABLES * group + table)]))
-                    builder.store(builder.add(builder.load(entry), packed), entry)
-
-        for s in PLANE_SETS:
-            total, whole = builder.load(totals[s]), ir.Constant(_INT64, 0)
-            for lane in range(LANES):
-                whole = builder.add(
-                    whole, builder.extract_element(total, ir.Constant(_INT32, lane))
-                )
-            place = builder.gep(counts_at, [index(s)])
-            builder.store(builder.add(builder.load(place), whole), place)
-        noted = builder.zext(builder.load(flag), _INT64)
-        builder.store(builder.or_(builder.load(seen_at), noted), seen_at)
+        sweep = _Sweep(builder, data(0, _INT8), data(1, _INT8), data(4, _INT64))
+        last = arguments[3]
+        with _cg.for_range(builder, last, intp=_INT64) as loop:
+            vectors = sweep.load(block_of(loop.index))
+            sweep.keep_numbers(loop.index, vectors)
+            sweep.note_unfilled(vectors, sweep.count_planes(vectors))
+            due = builder.sub(loop.index, _index(_DELAY))
+            with builder.if_then(builder.icmp_signed(">=", due, _index(0)), likely=True):
+                sweep.add_by_scale(due, block_of(due))
+        left = builder.sub(last, _index(_DELAY))
+        left = builder.select(builder.icmp_signed("<", left, _index(0)), _index(0), left)
+        with _cg.for_range_slice(builder, left, last, _index(1), intp=_INT64) as (step, _):
+            sweep.add_by_scale(step, block_of(step))
+        sweep.finish(data(5, _INT64), data(6, _INT64))
         return context.get_dummy_value()
 
     return types.void(codes, scales, types.int64, types.int64, tables, counts, seen), lower

@@ -19,9 +19,9 @@ COUNT_SHIFT = 49
 #: Numbers are added to eight tables in turn: a scale byte that comes twice in a row does not wait
 #: for its own store.
 TABLES = 8
-#: Numbers from one table to the next. At 256, entries of two tables would lie 4 KiB apart, which
-#: the processor takes for the same address when it orders loads after stores.
-TABLE_PITCH = 256 + 8
+#: Numbers from one table to the next. The processor takes addresses 4 KiB apart for the same when
+#: it orders loads after stores; so the tables begin at eight places evenly spread over 4 KiB.
+TABLE_PITCH = 256 + 64
 FLUSH = TABLES << 14
 BIAS = max(HALVES)
 #: Codes in halves, and made positive.
