@@ -121,6 +121,7 @@ class State:
             "tool": {"name": "nvfp4check", "version": nvfp4check.__version__},
             "verdict": VERDICTS[self.code],
             **self.of,
+            "page": str(self.path.parent / PAGE_FILE),
             "steps": [{"name": name, **step} for name, step in self.steps.items()],
         }
 

@@ -36,7 +36,20 @@ def release_text(document: Mapping[str, Any], table_format: str = "simple") -> s
     shown = slice(None, 4) if table_format == "simple" else slice(None)
     rows = [row[shown] for row in release_rows(document)]
     table = tabulate(rows, headers=HEADERS[shown], tablefmt=table_format, disable_numparse=True)
-    return f"{release_heading(document)}\n\n{table}\n"
+    parts = [release_heading(document), table]
+    if (note := unjudged(document)) is not None:
+        parts.append(note)
+    if "page" in document:
+        parts.append(f"All results on one page: {visible(document['page'])}")
+    return "\n\n".join(parts) + "\n"
+
+
+def unjudged(document: Mapping[str, Any]) -> str | None:
+    """Return what to do about a comparison that had no limits to be judged by."""
+    commands = [step["command"] for step in document["steps"] if step["name"] == "agree"]
+    if not any("--judge none" in command for command in commands):
+        return None
+    return "The two runs were compared and not judged: give --max-kl or --min-top1."
 
 
 def release_html(document: Mapping[str, Any]) -> str:
@@ -47,5 +60,6 @@ def release_html(document: Mapping[str, Any]) -> str:
         tone={"pass": "pass", "fail": "fail"}.get(document["verdict"], "incomplete"),
         heading=release_heading(document).partition(": ")[2],
         headers=HEADERS,
+        note=unjudged(document),
         rows=release_rows(document),
     )

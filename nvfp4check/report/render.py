@@ -193,7 +193,7 @@ def _kernels_markdown(document: Document, extras: Extras) -> str:
 def _kernels_html(document: Document, extras: Extras) -> str:
     from nvfp4check.report.page import render_page
 
-    tones = {"pass": "info", "skip": "warning", "fail": "error"}
+    tones = {"pass": "pass", "skip": "warning", "fail": "error"}
     return render_page("kernels.html.j2", runs=document.get("runs") or [document], tones=tones)
 
 
