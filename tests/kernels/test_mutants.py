@@ -125,6 +125,6 @@ def test_the_released_dot_scaled_is_the_fault_of_scales_read_as_e8m0(generator):
     given = (a_codes, scales, b_codes, scales[:20], torch.tensor(1.0), torch.float32)
     forms = {form.label: form for form in fault("F3e").forms_of("matmul")}
 
-    wrong = forms["as E8M0 of both operands"].apply()
+    wrong = forms["as E8M0, of both operands"].apply()
 
     assert torch.equal(unrepaired_matmul(*given), wrong(*given))

@@ -79,11 +79,8 @@ def test_an_answer_that_breaks_off_or_has_the_wrong_length_is_asked_for_again(
     delays: list[float] = []
     storage = opened(server, delays)
     server.faults = [fault, fault]
-    before = server.sent
     assert storage.read(SHARD, 5, 5000) == (golden.nvfp4 / SHARD).read_bytes()[5:5000]
     assert delays == [1.0, 2.0]
-    if fault == "long":
-        assert server.sent - before == 2 * (4995 + 100_000) + 4995
 
 
 @pytest.mark.parametrize(
