@@ -99,6 +99,8 @@ def _given(path: str, op: str | None, convention: str | None) -> Implementation:
     if here not in sys.path:
         sys.path.insert(0, here)
     kernel = resolve(path)
+    if not callable(kernel):
+        raise CheckError(f"{path} is {type(kernel).__name__}, expected a function")
     named = op or getattr(kernel, "operation", None) or path.rpartition(":")[2].rpartition(".")[2]
     if named not in OPERATIONS:
         raise CheckError(

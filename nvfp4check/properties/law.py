@@ -129,6 +129,7 @@ class Runner:
         moved = {name: to_device(value, self.setting.device) for name, value in inputs.items()}
         try:
             outputs = self.operation.call(self.kernel, moved)
+            return tuple(to_device(value, "cpu") for value in outputs)
         except UnsupportedError:
             raise
         except WrongOutputsError as error:
@@ -138,12 +139,26 @@ class Runner:
             raise KernelRaisedError(
                 f"raised {type(error).__name__}: {error} ({where.filename}:{where.lineno})"
             ) from error
-        return tuple(to_device(value, "cpu") for value in outputs)
 
     def reference(self, inputs: Inputs) -> tuple[Any, ...]:
         """Return the outputs of the reference on the same inputs."""
         reference = self.operation.reference(self.setting.convention)
         return self.operation.call(reference, inputs)
+
+    def wrong_form(self, inputs: Inputs) -> str | None:
+        """Return in what the form of the kernel's outputs differs from the reference's, or None."""
+        named = zip(self.operation.outputs, self(inputs), self.reference(inputs), strict=False)
+        for value, output, right in named:
+            found, wanted = _form(output), _form(right)
+            if found != wanted:
+                return f"returned {value.name} as {found}, expected {wanted}"
+        return None
+
+
+def _form(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
 
 
 #: Returns a failure, or None where the law holds.
@@ -202,6 +217,14 @@ class Property:
             return self.check(runner, case)
         except KernelRaisedError as error:
             return Failure(message=str(error), case=case)
+        except UnsupportedError:
+            raise
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+            # A law reckons with outputs of the right form. With another it may fail in any way.
+            wrong = runner.wrong_form(case.inputs)
+            if wrong is None:
+                raise
+            return Failure(message=wrong, case=case)
 
     def _smallest(self, runner: Runner, failure: Failure) -> Failure:
         tried = 0

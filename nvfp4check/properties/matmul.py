@@ -205,9 +205,9 @@ def _transposes(runner: Runner, tried: Case) -> Failure | None:
     )
     actual = runner(swapped.inputs)
     comparison = compare.bits(
-        actual[0], plain.T.contiguous(), what="product", zeros=compare.Zeros.UNSIGNED
+        actual[0], plain.mT.contiguous(), what="product", zeros=compare.Zeros.UNSIGNED
     )
-    return failed(swapped, comparison, actual, (plain.T,))
+    return failed(swapped, comparison, actual, (plain.mT,))
 
 
 def _any_operands(runner: Runner, tried: Case) -> Failure | None:

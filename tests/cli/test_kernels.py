@@ -160,3 +160,12 @@ def test_several_runs_come_in_one_document(run: Run) -> None:
 
     both = run("kernels", "test", "--impl", "triton", "--op", "unswizzle", "--format", "json")
     assert json.loads(both.out)["verdict"] == "pass"
+
+
+def test_what_is_no_function_is_refused(run: Run, project: Path) -> None:
+    (project / "my_fp4_kernels.py").write_text("quantize = 3")
+
+    ended = run("kernels", "test", "--impl", "my_fp4_kernels:quantize", "--convention", "engine")
+
+    assert ended.code == 2
+    assert "my_fp4_kernels:quantize is int, expected a function" in ended.err
