@@ -169,3 +169,13 @@ def test_what_is_no_function_is_refused(run: Run, project: Path) -> None:
 
     assert ended.code == 2
     assert "my_fp4_kernels:quantize is int, expected a function" in ended.err
+
+
+def test_the_page_of_a_failure_keeps_the_lines_of_its_message(run: Run) -> None:
+    asked = ("kernels", "test", "--impl", "my_fp4_kernels:swapped", "--max-examples", "2")
+
+    ended = run(*asked, "--format", "html")
+
+    assert ended.code == 1
+    assert "\\x0a" not in ended.out
+    assert "\n  x = " in ended.out
