@@ -121,6 +121,14 @@ def _missing(
     """Find the points that are there elsewhere, and rows that are too many or too few."""
     present = [layer for layer in layers if layer in run.layers]
     if not present:
+        if run.info.activations not in (None, "none"):
+            yield Problem(
+                kind="missing",
+                run=name,
+                message=f"its run.json says activations {run.info.activations!r}, but no layer "
+                "was recorded",
+                fatal=False,
+            )
         return
     for layer in range(present[0], present[-1] + 1):
         if layer not in run.layers:

@@ -17,6 +17,7 @@ Positions are read in blocks and computed a few rows at a time, small enough to 
 a core, so memory does not grow with T.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 

@@ -122,4 +122,4 @@ def _searched(quantized: Mapping[str, Any]) -> str:
 
 def _copied(copied: Mapping[str, int]) -> str:
     ways = ", ".join(f"{count:,} {_COPIED.get(how, how)}" for how, count in copied.items())
-    return f"Not quantised: {plural(sum(copied.values()), 'weight')}: {ways}."
+    return f"Copied: {plural(sum(copied.values()), 'weight')}: {ways}."

@@ -257,3 +257,24 @@ def test_contamination_fails_whatever_the_limits(write_logits: WriteRun, poison:
     assert result.logits is not None
     assert result.logits.contaminated == 1
     assert result.logits.positions == 59
+
+
+def test_layers_that_run_json_promises_and_nobody_wrote_are_missed(write_run: WriteRun) -> None:
+    reference, candidate = (write_run(name, model()) for name in ("reference", "candidate"))
+    for layer in candidate.layers:
+        candidate.layer_file(layer).unlink()
+    write_info(candidate.path, replace(candidate.info, activations="all"))
+
+    found = check_runs(reference, Run.open(candidate.path), tuple(PROMPTS))
+
+    (problem,) = found.problems
+    assert (problem.kind, problem.run) == ("missing", "candidate")
+    assert not problem.fatal
+
+
+def test_a_run_that_promises_no_layers_is_not_missing_any(write_run: WriteRun) -> None:
+    reference, candidate = (write_run(name, model()) for name in ("reference", "candidate"))
+    for layer in candidate.layers:
+        candidate.layer_file(layer).unlink()
+
+    assert check_runs(reference, Run.open(candidate.path), tuple(PROMPTS)).problems == []
