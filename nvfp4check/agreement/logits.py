@@ -17,7 +17,6 @@ Positions are read in blocks and computed a few rows at a time, small enough to 
 a core, so memory does not grow with T.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -163,6 +162,8 @@ def _compare_chunk(
     shift = (right.log_total - left.log_total).squeeze(-1)
     kl = _weighted(left, gap) + shift
     kl_reverse = -_weighted(right, gap) - shift
+    same = (gap == 0).all(-1)  # the divergence from the mean would be its own rounding there
+    jsd = torch.where(same, 0.0, _jensen_shannon(left, right))
     has_next = after >= 0
     index = after.clamp(min=0)
     next_p, next_q = left.log_probability(index), right.log_probability(index)
@@ -174,7 +175,7 @@ def _compare_chunk(
     return PositionMetrics(
         kl=clean(kl.clamp(min=0.0)),
         kl_reverse=clean(kl_reverse.clamp(min=0.0)),
-        jsd=clean(_jensen_shannon(left, right)),
+        jsd=clean(jsd),
         top1=clean(left.best[:, 0] == right.best[:, 0]),
         top5_overlap=clean(overlap(left.best[:, :5], right.best[:, :5])),
         top10_overlap=clean(overlap(left.best, right.best)),
