@@ -4,6 +4,7 @@ A document says its kind in its `schema`: `nvfp4check/<kind>/<version>`. To give
 result its outputs, write its renderers here in `report/` and add them to the table.
 """
 
+import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -72,16 +73,23 @@ def kind_of_document(document: Document) -> str:
 # Each renderer's module is imported when it is used: a run that writes text loads no jinja2.
 
 
+def _of(path: str, *arguments: str) -> Renderer:
+    """Return the renderer `module:function` of this package, called with the document alone."""
+
+    def write(document: Document, extras: Extras) -> str:
+        module, _, name = path.partition(":")
+        function: Callable[..., str] = getattr(
+            importlib.import_module(f"nvfp4check.report.{module}"), name
+        )
+        return function(document, *arguments)
+
+    return write
+
+
 def _validate_text(document: Document, extras: Extras) -> str:
     from nvfp4check.report.validate_text import validate_text
 
     return validate_text(document, color=extras.color)
-
-
-def _validate_markdown(document: Document, extras: Extras) -> str:
-    from nvfp4check.report.validate_markdown import validate_markdown
-
-    return validate_markdown(document)
 
 
 def _validate_junit(document: Document, extras: Extras) -> str:
@@ -104,18 +112,6 @@ def _validate_html(document: Document, extras: Extras) -> str:
     )
 
 
-def _inspect_text(document: Document, extras: Extras) -> str:
-    from nvfp4check.report.inspect_text import inspect_text
-
-    return inspect_text(document)
-
-
-def _inspect_markdown(document: Document, extras: Extras) -> str:
-    from nvfp4check.report.inspect_text import inspect_markdown
-
-    return inspect_markdown(document)
-
-
 def _inspect_html(document: Document, extras: Extras) -> str:
     from nvfp4check.report.histograms import weight_plots
     from nvfp4check.report.page import render_page
@@ -124,34 +120,10 @@ def _inspect_html(document: Document, extras: Extras) -> str:
     return render_page("inspect.html.j2", document=document, plots=plots)
 
 
-def _rules_text(document: Document, extras: Extras) -> str:
-    from nvfp4check.report.rules_text import rules_text
-
-    return rules_text(document)
-
-
-def _rules_markdown(document: Document, extras: Extras) -> str:
-    from nvfp4check.report.rules_text import rules_markdown
-
-    return rules_markdown(document)
-
-
 def _rules_html(document: Document, extras: Extras) -> str:
     from nvfp4check.report.page import render_page
 
     return render_page("rules.html.j2", document=document)
-
-
-def _forward_text(document: Document, extras: Extras) -> str:
-    from nvfp4check.report.forward_text import forward_text
-
-    return forward_text(document)
-
-
-def _forward_markdown(document: Document, extras: Extras) -> str:
-    from nvfp4check.report.forward_text import forward_text
-
-    return forward_text(document, "github")
 
 
 def _forward_html(document: Document, extras: Extras) -> str:
@@ -164,30 +136,6 @@ def _forward_html(document: Document, extras: Extras) -> str:
         headers=PROMPT_HEADERS,
         rows=forward_rows(document),
     )
-
-
-def _codegen_text(document: Document, extras: Extras) -> str:
-    from nvfp4check.report.codegen_text import codegen_text
-
-    return codegen_text(document)
-
-
-def _codegen_markdown(document: Document, extras: Extras) -> str:
-    from nvfp4check.report.codegen_text import codegen_text
-
-    return codegen_text(document, "github")
-
-
-def _kernels_text(document: Document, extras: Extras) -> str:
-    from nvfp4check.report.kernels_text import kernels_text
-
-    return kernels_text(document)
-
-
-def _kernels_markdown(document: Document, extras: Extras) -> str:
-    from nvfp4check.report.kernels_text import kernels_markdown
-
-    return kernels_markdown(document)
 
 
 def _kernels_html(document: Document, extras: Extras) -> str:
@@ -203,30 +151,6 @@ def _kernels_list_html(document: Document, extras: Extras) -> str:
     return render_page("kernels_list.html.j2", document=document)
 
 
-def _kernels_list_text(document: Document, extras: Extras) -> str:
-    from nvfp4check.report.kernels_text import kernels_list_text
-
-    return kernels_list_text(document)
-
-
-def _kernels_list_markdown(document: Document, extras: Extras) -> str:
-    from nvfp4check.report.kernels_text import kernels_list_text
-
-    return kernels_list_text(document, "github")
-
-
-def _power_text(document: Document, extras: Extras) -> str:
-    from nvfp4check.report.power_text import power_text
-
-    return power_text(document)
-
-
-def _power_markdown(document: Document, extras: Extras) -> str:
-    from nvfp4check.report.power_text import power_markdown
-
-    return power_markdown(document)
-
-
 def _power_html(document: Document, extras: Extras) -> str:
     from nvfp4check.report.page import render_page
     from nvfp4check.report.power_text import RULE_HEADERS, fault_rows, rule_rows, summary
@@ -239,18 +163,6 @@ def _power_html(document: Document, extras: Extras) -> str:
         rule_headers=RULE_HEADERS,
         rules=rule_rows(document["rules"]),
     )
-
-
-def _golden_text(document: Document, extras: Extras) -> str:
-    from nvfp4check.report.golden_text import golden_text
-
-    return golden_text(document)
-
-
-def _golden_markdown(document: Document, extras: Extras) -> str:
-    from nvfp4check.report.golden_text import golden_text
-
-    return golden_text(document, "github")
 
 
 def _golden_html(document: Document, extras: Extras) -> str:
@@ -271,101 +183,11 @@ def _diff_text(document: Document, extras: Extras) -> str:
     return diff_text(document, color=extras.color)
 
 
-def _diff_markdown(document: Document, extras: Extras) -> str:
-    from nvfp4check.report.diff_text import diff_markdown
-
-    return diff_markdown(document)
-
-
-def _diff_html(document: Document, extras: Extras) -> str:
-    from nvfp4check.report.diff_html import diff_html
-
-    return diff_html(document)
-
-
-def _faults_text(document: Document, extras: Extras) -> str:
-    from nvfp4check.report.faults_text import faults_text
-
-    return faults_text(document)
-
-
-def _faults_markdown(document: Document, extras: Extras) -> str:
-    from nvfp4check.report.faults_text import faults_markdown
-
-    return faults_markdown(document)
-
-
 def _faults_html(document: Document, extras: Extras) -> str:
     from nvfp4check.report.faults_text import finders
     from nvfp4check.report.page import render_page
 
     return render_page("faults.html.j2", document=document, finders=finders)
-
-
-def _bench_text(document: Document, extras: Extras) -> str:
-    from nvfp4check.report.bench_text import bench_text
-
-    return bench_text(document)
-
-
-def _bench_markdown(document: Document, extras: Extras) -> str:
-    from nvfp4check.report.bench_text import bench_text
-
-    return bench_text(document, "github")
-
-
-def _agree_text(document: Document, extras: Extras) -> str:
-    from nvfp4check.report.agree_text import agree_text
-
-    return agree_text(document)
-
-
-def _agree_markdown(document: Document, extras: Extras) -> str:
-    from nvfp4check.report.agree_text import agree_markdown
-
-    return agree_markdown(document)
-
-
-def _agree_html(document: Document, extras: Extras) -> str:
-    from nvfp4check.report.agree_html import agree_html
-
-    return agree_html(document)
-
-
-def _agree_junit(document: Document, extras: Extras) -> str:
-    from nvfp4check.report.agree_junit import agree_junit
-
-    return agree_junit(document)
-
-
-def _release_text(document: Document, extras: Extras) -> str:
-    from nvfp4check.report.release_text import release_text
-
-    return release_text(document)
-
-
-def _release_markdown(document: Document, extras: Extras) -> str:
-    from nvfp4check.report.release_text import release_text
-
-    return release_text(document, "github")
-
-
-def _release_html(document: Document, extras: Extras) -> str:
-    from nvfp4check.report.release_text import release_html
-
-    return release_html(document)
-
-
-def _report_text(document: Document, extras: Extras) -> str:
-    from nvfp4check.report.joined_html import joined_text
-
-    return joined_text(document)
-
-
-def _report_markdown(document: Document, extras: Extras) -> str:
-    from nvfp4check.report.joined_html import joined_text
-
-    return joined_text(document, "github")
 
 
 def _report_html(document: Document, extras: Extras) -> str:
@@ -384,18 +206,6 @@ def _report_html(document: Document, extras: Extras) -> str:
     return joined_html(document, shown(Format.HTML), text)
 
 
-def _capture_text(document: Document, extras: Extras) -> str:
-    from nvfp4check.report.capture_text import capture_text
-
-    return capture_text(document)
-
-
-def _capture_markdown(document: Document, extras: Extras) -> str:
-    from nvfp4check.report.capture_text import capture_text
-
-    return capture_text(document, "github")
-
-
 def _plain_html(title: str, text: Renderer) -> Renderer:
     """Return what makes a page of a result's text, for kinds whose tables are all there is."""
 
@@ -409,54 +219,56 @@ def _plain_html(title: str, text: Renderer) -> Renderer:
 
 _RENDERERS: dict[tuple[str, Format], Renderer] = {
     ("validate", Format.TEXT): _validate_text,
-    ("validate", Format.MARKDOWN): _validate_markdown,
+    ("validate", Format.MARKDOWN): _of("validate_markdown:validate_markdown"),
     ("validate", Format.HTML): _validate_html,
     ("validate", Format.JUNIT): _validate_junit,
     ("validate", Format.SARIF): _validate_sarif,
-    ("inspect", Format.TEXT): _inspect_text,
-    ("inspect", Format.MARKDOWN): _inspect_markdown,
+    ("inspect", Format.TEXT): _of("inspect_text:inspect_text"),
+    ("inspect", Format.MARKDOWN): _of("inspect_text:inspect_markdown"),
     ("inspect", Format.HTML): _inspect_html,
-    ("kernels", Format.TEXT): _kernels_text,
-    ("kernels", Format.MARKDOWN): _kernels_markdown,
+    ("kernels", Format.TEXT): _of("kernels_text:kernels_text"),
+    ("kernels", Format.MARKDOWN): _of("kernels_text:kernels_markdown"),
     ("kernels", Format.HTML): _kernels_html,
-    ("kernels-list", Format.TEXT): _kernels_list_text,
-    ("kernels-list", Format.MARKDOWN): _kernels_list_markdown,
+    ("kernels-list", Format.TEXT): _of("kernels_text:kernels_list_text"),
+    ("kernels-list", Format.MARKDOWN): _of("kernels_text:kernels_list_text", "github"),
     ("kernels-list", Format.HTML): _kernels_list_html,
-    ("power", Format.TEXT): _power_text,
-    ("power", Format.MARKDOWN): _power_markdown,
+    ("power", Format.TEXT): _of("power_text:power_text"),
+    ("power", Format.MARKDOWN): _of("power_text:power_markdown"),
     ("power", Format.HTML): _power_html,
-    ("rules", Format.TEXT): _rules_text,
-    ("rules", Format.MARKDOWN): _rules_markdown,
+    ("rules", Format.TEXT): _of("rules_text:rules_text"),
+    ("rules", Format.MARKDOWN): _of("rules_text:rules_markdown"),
     ("rules", Format.HTML): _rules_html,
     ("diff", Format.TEXT): _diff_text,
-    ("diff", Format.MARKDOWN): _diff_markdown,
-    ("diff", Format.HTML): _diff_html,
-    ("faults", Format.TEXT): _faults_text,
-    ("faults", Format.MARKDOWN): _faults_markdown,
+    ("diff", Format.MARKDOWN): _of("diff_text:diff_markdown"),
+    ("diff", Format.HTML): _of("diff_html:diff_html"),
+    ("faults", Format.TEXT): _of("faults_text:faults_text"),
+    ("faults", Format.MARKDOWN): _of("faults_text:faults_markdown"),
     ("faults", Format.HTML): _faults_html,
-    ("bench", Format.TEXT): _bench_text,
-    ("bench", Format.MARKDOWN): _bench_markdown,
-    ("bench", Format.HTML): _plain_html("Kernel timings", _bench_text),
-    ("codegen", Format.TEXT): _codegen_text,
-    ("codegen", Format.MARKDOWN): _codegen_markdown,
-    ("codegen", Format.HTML): _plain_html("Compiled kernels", _codegen_text),
-    ("agree", Format.TEXT): _agree_text,
-    ("agree", Format.MARKDOWN): _agree_markdown,
-    ("agree", Format.HTML): _agree_html,
-    ("agree", Format.JUNIT): _agree_junit,
-    ("release", Format.TEXT): _release_text,
-    ("release", Format.MARKDOWN): _release_markdown,
-    ("release", Format.HTML): _release_html,
-    ("report", Format.TEXT): _report_text,
-    ("report", Format.MARKDOWN): _report_markdown,
+    ("bench", Format.TEXT): _of("bench_text:bench_text"),
+    ("bench", Format.MARKDOWN): _of("bench_text:bench_text", "github"),
+    ("bench", Format.HTML): _plain_html("Kernel timings", _of("bench_text:bench_text")),
+    ("codegen", Format.TEXT): _of("codegen_text:codegen_text"),
+    ("codegen", Format.MARKDOWN): _of("codegen_text:codegen_text", "github"),
+    ("codegen", Format.HTML): _plain_html("Compiled kernels", _of("codegen_text:codegen_text")),
+    ("agree", Format.TEXT): _of("agree_text:agree_text"),
+    ("agree", Format.MARKDOWN): _of("agree_text:agree_markdown"),
+    ("agree", Format.HTML): _of("agree_html:agree_html"),
+    ("agree", Format.JUNIT): _of("agree_junit:agree_junit"),
+    ("release", Format.TEXT): _of("release_text:release_text"),
+    ("release", Format.MARKDOWN): _of("release_text:release_text", "github"),
+    ("release", Format.HTML): _of("release_text:release_html"),
+    ("report", Format.TEXT): _of("joined_html:joined_text"),
+    ("report", Format.MARKDOWN): _of("joined_html:joined_text", "github"),
     ("report", Format.HTML): _report_html,
-    ("capture", Format.TEXT): _capture_text,
-    ("capture", Format.MARKDOWN): _capture_markdown,
-    ("capture", Format.HTML): _plain_html("Capture from a server", _capture_text),
-    ("golden", Format.TEXT): _golden_text,
-    ("golden", Format.MARKDOWN): _golden_markdown,
+    ("capture", Format.TEXT): _of("capture_text:capture_text"),
+    ("capture", Format.MARKDOWN): _of("capture_text:capture_text", "github"),
+    ("capture", Format.HTML): _plain_html(
+        "Capture from a server", _of("capture_text:capture_text")
+    ),
+    ("golden", Format.TEXT): _of("golden_text:golden_text"),
+    ("golden", Format.MARKDOWN): _of("golden_text:golden_text", "github"),
     ("golden", Format.HTML): _golden_html,
-    ("forward", Format.TEXT): _forward_text,
-    ("forward", Format.MARKDOWN): _forward_markdown,
+    ("forward", Format.TEXT): _of("forward_text:forward_text"),
+    ("forward", Format.MARKDOWN): _of("forward_text:forward_text", "github"),
     ("forward", Format.HTML): _forward_html,
 }
