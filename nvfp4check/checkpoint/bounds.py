@@ -14,6 +14,7 @@ Contract:
 All in float64, where every product here is exact.
 """
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -51,18 +52,37 @@ E4M3_HALF_GAPS = np.tile(_E4M3_GAPS, 2)
 _LOST_SCALE = E4M3.smallest_subnormal / 2
 
 
+def _constant(values: Array) -> Array:
+    """Forbid writing to what is computed once."""
+    values.flags.writeable = False
+    return values
+
+
+@cache
 def e2m1_values() -> Array:
-    """Return the value of each of the 16 codes."""
-    return np.asarray(e2m1.decode(torch.arange(16, dtype=torch.uint8)).double().numpy())
+    """Return the value of each of the 16 codes, read-only."""
+    return _constant(e2m1.decode(torch.arange(16, dtype=torch.uint8)).double().numpy())
 
 
+@cache
 def e4m3_values() -> Array:
-    """Return the value of each of the 256 bytes."""
-    return np.asarray(e4m3.decode(torch.arange(256, dtype=torch.uint8)).double().numpy())
+    """Return the value of each of the 256 bytes, read-only."""
+    return _constant(e4m3.decode(torch.arange(256, dtype=torch.uint8)).double().numpy())
+
+
+@cache
+def nvfp4_units() -> Array:
+    """Return the value of every code under every scale byte [256, 16], read-only."""
+    return _constant(e4m3_values()[:, None] * e2m1_values()[None, :])
 
 
 def nvfp4_half_gaps(global_decode_scale: float) -> Array:
     """Return the half gap of every code under every scale byte [256, 16]."""
+    return np.asarray(_unit_half_gaps() * abs(global_decode_scale))
+
+
+@cache
+def _unit_half_gaps() -> Array:
     scales = np.abs(e4m3_values())
     gaps = scales[:, None] * E2M1_HALF_GAPS[None, :]
     top = E2M1.max * E4M3_HALF_GAPS
@@ -70,7 +90,7 @@ def nvfp4_half_gaps(global_decode_scale: float) -> Array:
         gaps[:, code] = np.maximum(gaps[:, code], top)
     for byte in (0, E4M3.sign_bit):
         gaps[byte] = E2M1.max * _LOST_SCALE
-    return np.asarray(gaps * abs(global_decode_scale))
+    return _constant(gaps)
 
 
 def plain_half_gaps(values: Array, dtype: str) -> Array:

@@ -28,5 +28,5 @@ def diagnose(a: Stored, b: Stored, found: Measured) -> str | None:
     if found.changed_scales:
         said.append(name_scales(a, b, found))
     if found.changed_scales and not any(said):
-        said.append(name_zero_blocks(a, b))
+        said.append(name_zero_blocks(a, b, found))
     return "; ".join(text for text in said if text) or None

@@ -145,21 +145,33 @@ def _named(kinds: Counter[str]) -> str | None:
     return f"{steps:,} codes differ by one step under equal scales: ties or another arithmetic"
 
 
-def name_zero_blocks(a: Stored, b: Stored) -> str | None:
+def name_zero_blocks(a: Stored, b: Stored, found: Measured) -> str | None:
     """Name the conventions of either side by the scales of their blocks of zeros."""
+    if not all(found.empty_blocks):
+        return None
     named = []
     for side in (a, b):
-        codes, scales = side.codes(0, side.operand.rows), side.scales(0, side.operand.rows)
-        words = np.ascontiguousarray(codes).reshape(-1).view(np.uint64)
-        empty = (words & _MAGNITUDES) == 0
-        held = np.unique(scales.reshape(-1)[empty])
+        held = _zero_block_scales(side)
         decode = side.decode_scale(Part.GLOBAL_SCALE)
-        if held.size != 1 or not decode:
+        if len(held) != 1 or not decode:
             return None
-        named.append(_by_zero_scale(int(held[0]), decode))
+        named.append(_by_zero_scale(held.pop(), decode))
     if None in named or named[0] == named[1]:
         return None
     return f"blocks of zeros have the scale of {named[0]} in a, of {named[1]} in b"
+
+
+def _zero_block_scales(side: Stored) -> set[int]:
+    """Find the scale bytes of blocks of zeros: all if there is one, some if there are more."""
+    held: set[int] = set()
+    for start, stop in row_pieces(side.operand.rows, side.operand.columns):
+        words = side.codes(start, stop).reshape(-1).view(np.uint64)
+        empty = (words & _MAGNITUDES) == 0
+        if empty.any():
+            held.update(np.unique(side.scales(start, stop).reshape(-1)[empty]).tolist())
+        if len(held) > 1:
+            break
+    return held
 
 
 def _by_zero_scale(byte: int, decode: float) -> str | None:

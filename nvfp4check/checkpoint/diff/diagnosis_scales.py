@@ -7,6 +7,7 @@ Contract:
 
 import math
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import numpy as np
 import torch
@@ -224,13 +225,20 @@ def _halves(scales: Array, axis: int) -> Array | None:
 
 def _repeated(ranks: int, axis: int) -> Change:
     def change(scales: Array) -> Array:
-        first = np.split(scales, ranks, axis=axis)[0]
+        size = scales.shape[axis] // ranks
+        first = scales[:size] if axis == 0 else scales[:, :size]
         return np.concatenate([first] * ranks, axis=axis)
 
     return change
 
 
 def _powers_of_two(scales: Array, *, up: bool) -> Array:
+    return np.asarray(_power_of_every_byte(up=up)[scales])
+
+
+@cache
+def _power_of_every_byte(*, up: bool) -> Array:
+    scales = np.arange(256, dtype=np.uint8)
     if up:
         moved = np.minimum((scales.astype(np.int16) + _MANTISSA) & ~_MANTISSA, 0x78)
     else:
@@ -243,8 +251,13 @@ def _powers_of_two(scales: Array, *, up: bool) -> Array:
 
 
 def _bytes_as_numbers(scales: Array) -> Array:
+    return np.asarray(_number_of_every_byte()[scales])
+
+
+@cache
+def _number_of_every_byte() -> Array:
     values = torch.arange(256, dtype=torch.float32).to(torch.float8_e4m3fn)
-    return np.asarray(values.view(torch.uint8).numpy()[scales])
+    return np.asarray(values.view(torch.uint8).numpy())
 
 
 def _exponent_moved(exponent: int) -> Change:

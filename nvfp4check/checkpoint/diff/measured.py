@@ -28,6 +28,8 @@ class Measured:
     equal: bool = True
     changed_codes: int | None = None
     changed_scales: int | None = None
+    #: Blocks of a and of b whose codes are all zero; counted in NVFP4 weights alone.
+    empty_blocks: tuple[int, int] = 0, 0
     max_ulp: int | None = None
     ulp_histogram: dict[str, int] = field(default_factory=dict)
     #: Energy of a and of the difference by column; only where it was asked for.

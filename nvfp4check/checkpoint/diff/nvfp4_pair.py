@@ -12,6 +12,7 @@ Contract:
 
 import math
 from fractions import Fraction
+from functools import cache
 
 import numpy as np
 
@@ -21,6 +22,8 @@ from nvfp4check.checkpoint.diff.kernel import (
     BEYOND,
     CHANGED,
     COUNTS,
+    EMPTY_A,
+    EMPTY_B,
     FIRST_STEP,
     STEPS,
     SUMS,
@@ -82,6 +85,7 @@ def compare_nvfp4(a: Stored, b: Stored) -> Measured:
     )
     found.changed_codes, found.changed_scales = int(counts[CHANGED]), changed_scales
     found.beyond = int(counts[BEYOND])
+    found.empty_blocks = int(counts[EMPTY_A]), int(counts[EMPTY_B])
     found.equal = exact.holds
     _steps(counts, found)
     if scale_a is None or scale_b is None or not (_is_sound(scale_a) and _is_sound(scale_b)):
@@ -103,13 +107,20 @@ def _tables(scale_a: float | None, scale_b: float | None) -> tuple[Array, float]
     ]
     largest = max(abs(scale) for scale in scales)
     unit = math.ldexp(1.0, math.frexp(largest)[1]) if largest else 1.0
-    units = bounds.e4m3_values()[:, None] * bounds.e2m1_values()[None, :]
+    units = bounds.nvfp4_units()
     values = [np.nan_to_num(units * (scale / unit), nan=0.0) for scale in scales]
     gaps = []
     for scale, held in zip(scales, values, strict=True):
         gap = np.nan_to_num(bounds.nvfp4_half_gaps(scale / unit), nan=0.0)
         gaps.append(gap + np.abs(held) * bounds.ZONE)
     return np.stack([*values, *gaps]).astype(np.float32), unit
+
+
+@cache
+def _products() -> Array:
+    """Return code times block scale in units of 2**-10, `_NAN` under a scale that is NaN."""
+    units = bounds.nvfp4_units() * 1024
+    return np.where(np.isnan(units), _NAN, np.nan_to_num(units)).astype(np.int64)
 
 
 class _Exact:
@@ -129,8 +140,7 @@ class _Exact:
         # Out of reach of any product: only zeros are equal then.
         fits = abs(ratio.numerator) <= _LARGEST and ratio.denominator <= _LARGEST
         self.p, self.q = (ratio.numerator, ratio.denominator) if fits else (_LARGEST * 2 + 1, 1)
-        units = bounds.e4m3_values()[:, None] * bounds.e2m1_values()[None, :] * 1024
-        self.products = np.where(np.isnan(units), _NAN, np.nan_to_num(units)).astype(np.int64)
+        self.products = _products()
 
     def look(self, codes: list[Array], scales: list[Array]) -> None:
         """Compare a piece."""

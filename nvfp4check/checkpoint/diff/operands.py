@@ -182,7 +182,7 @@ class Values:
         if form is WeightFormat.NVFP4:
             decode = stored.decode_scale(Part.GLOBAL_SCALE)
             scale = float("nan") if decode is None else decode
-            units = bounds.e4m3_values()[:, None] * bounds.e2m1_values()[None, :]
+            units = bounds.nvfp4_units()
             reciprocal = stored.operand.weight.global_scale_is_reciprocal
             with np.errstate(all="ignore"):
                 raw = stored.scalar(Part.GLOBAL_SCALE)

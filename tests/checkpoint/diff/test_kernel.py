@@ -9,6 +9,8 @@ from nvfp4check.checkpoint.diff.kernel import (
     BEYOND,
     CHANGED,
     COUNTS,
+    EMPTY_A,
+    EMPTY_B,
     FIRST_STEP,
     STEPS,
     SUMS,
@@ -77,6 +79,34 @@ def test_every_sum_and_count_is_that_of_plain_numpy(case):
     distance = np.abs(a.astype(np.float32) - b.astype(np.float32))
     assert counts[BEYOND] == (distance > gap).sum()
     assert np.array_equal(largest, distance.reshape(-1, row_blocks * 16).max(axis=1))
+
+
+@pytest.mark.parametrize("row_blocks", [1, 7, 8, 13, 1048])
+def test_equal_blocks_under_equal_tables_count_as_by_plain_numpy(row_blocks):
+    """Equal blocks are summed apart; rows end within a group of eight, or go over many groups."""
+    rng = np.random.default_rng(row_blocks)
+    codes, scales = random(row_blocks, 3 * row_blocks)
+    codes[0][: 8 * row_blocks : 2] = codes[0][1 : 8 * row_blocks : 2] = 0x80
+    codes[1] = np.where(rng.random(codes[0].size) < 0.05, codes[1], codes[0])
+    scales[1] = np.where(rng.random(scales[0].size) < 0.1, scales[1], scales[0])
+    a, gap_a, nibbles_a = decoded(codes[0], scales[0], 0)
+    b, gap_b, nibbles_b = decoded(codes[1], scales[1], 0)
+    same = tables()[[0, 0, 2, 2]]
+    sums, counts = np.zeros(SUMS), np.zeros(COUNTS, np.int64)
+    largest = np.zeros(3, np.float32)
+    arrays = [frozen(array) for array in (codes[0], scales[0], codes[1], scales[1])]
+
+    compare_rows(*arrays, same, row_blocks, sums, counts, largest)
+
+    expected = np.array([(a * a).sum(), (b * b).sum(), ((a - b) ** 2).sum()])
+    assert (np.abs(sums - expected) <= (row_blocks + 20) * 2.0**-24 * expected).all()
+    assert counts[CHANGED] == (nibbles_a != nibbles_b).sum()
+    assert counts[EMPTY_A] == ((nibbles_a & 7) == 0).all(axis=1).sum() >= row_blocks
+    assert counts[EMPTY_B] == ((nibbles_b & 7) == 0).all(axis=1).sum()
+    distance = np.abs(a.astype(np.float32) - b.astype(np.float32))
+    gap = gap_a.astype(np.float32) + gap_b.astype(np.float32)
+    assert counts[BEYOND] == (distance > gap).sum()
+    assert np.array_equal(largest, distance.reshape(3, -1).max(axis=1))
 
 
 def test_products_are_equal_only_where_the_ratio_of_global_scales_makes_them_so():
