@@ -7,7 +7,6 @@ memory is its own: reading both files in the same blocks, and comparing them.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from nvfp4check.activations import (
 from nvfp4check.agreement.positions import compare_positions
 from nvfp4check.agreement.sources import Full, opened_logits
 from nvfp4check.agreement.summary import summarize
+from nvfp4check.bench.memory import memory
 
 PROMPT = "p"
 
@@ -105,5 +105,5 @@ def _part(part: str, folder: Path) -> dict[str, float]:
             raise TypeError("the runs hold full logits")
         found["kl"] = summarize(positions.metrics).kl.mean
     found["seconds"] = time.perf_counter() - start
-    found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+    found["peak"] = float(memory("VmHWM"))
     return found

@@ -25,6 +25,7 @@ from tabulate import tabulate
 
 import nvfp4check
 from nvfp4check.bench.dequantize import implementations
+from nvfp4check.bench.memory import memory
 from nvfp4check.checkpoint.audit.whole import run_audit
 from nvfp4check.checkpoint.opening import open_checkpoint
 from nvfp4check.checkpoint.writing import TensorSpec, encode_header
@@ -96,16 +97,7 @@ def _worker(folder: str, jobs: int, ways: Any) -> None:
         outcome, gaps = run_audit(checkpoint, base, LocalEngine(jobs))
         seconds = time.perf_counter() - began
     wrong = sum(weight.wrong for weight in outcome.weights.values())
-    ways.put((seconds, _peak(), len(outcome.weights), wrong + len(gaps)))
-
-
-def _peak() -> int:
-    """Return the most memory this process had resident, mapped files included.
-
-    Not ru_maxrss, which a new process inherits from the one that started it.
-    """
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return 1024 * int(fields["VmHWM"].split()[0])
+    ways.put((seconds, memory("VmHWM"), len(outcome.weights), wrong + len(gaps)))
 
 
 def _audit(folder: Path, jobs: int) -> tuple[float, int]:

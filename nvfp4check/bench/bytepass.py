@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from nvfp4check import __version__
+from nvfp4check.bench.memory import memory
 from nvfp4check.checkpoint.opening import Checkpoint, open_checkpoint
 from nvfp4check.checkpoint.scan import default_counter, scan, why_not_scannable, with_new_maps
 from nvfp4check.checkpoint.scan_tally import count_with_numpy
@@ -113,21 +114,7 @@ def _worker(location: str, way: str, shards: list[str], gate: Any, done: Any) ->
     for shard in shards:
         _WAYS[way](checkpoint, shard)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-    done.put((seconds, cpu_seconds, _memory("VmHWM"), _memory("RssAnon")))
-
-
-def _memory(field: str) -> int:
-    """Bytes of memory of this process; 0 where the system does not tell.
-
-    VmHWM is the peak of this program alone; ru_maxrss also remembers what its parent once had.
-    RssAnon is what it holds of its own, page cache excluded.
-    """
-    try:
-        text = Path("/proc/self/status").read_text()
-    except OSError:
-        return 0
-    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    return int(fields.get(field, "0 kB").split()[0]) * 1024
+    done.put((seconds, cpu_seconds, memory("VmHWM"), memory("RssAnon")))
 
 
 def measure(location: str, way: str, processes: int) -> dict[str, float]:
