@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from nvfp4check.checkpoint.audit.sources import PLAIN_DTYPES, Reader, matrix_shape
+from nvfp4check.checkpoint.audit.sources import PLAIN_DTYPES, Reader, matrix_shape, row_pieces
 from nvfp4check.checkpoint.naming import LogicalWeight, Part, WeightFormat
 
 Signs = npt.NDArray[np.bool_]
@@ -109,5 +109,12 @@ def row_heads(reader: Reader, weight: LogicalWeight) -> Iterator[bytes]:
     """Yield the first signs of every row."""
     rows, columns = matrix_shape(weight)
     length = min(4 * _CHUNK_SIGNS, columns)
-    for row in range(rows):
-        yield signs_of(reader, weight, row, 0, length).tobytes()
+    entry = weight.parts.get(Part.CODES) or weight.parts[Part.PLAIN]
+    size = 2 * entry.nbytes // (rows * columns)  # bytes of two elements
+    for start, stop in row_pieces(rows, columns):
+        data = reader.rows(entry, start, stop, size * columns // 2)[:, : size * length // 2]
+        if size == 1:
+            last = np.stack([data << 4, data], axis=-1).reshape(stop - start, length)
+        else:
+            last = data.reshape(stop - start, length, size // 2)[:, :, -1]
+        yield from (row.tobytes() for row in last >= 0x80)

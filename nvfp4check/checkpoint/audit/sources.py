@@ -33,7 +33,10 @@ Array = npt.NDArray[Any]
 #: Elements read at a time: their bfloat16 values stay in a second-level cache.
 _PIECE = 1 << 20
 #: Bytes read through one set of maps.
-_MAPPED_BYTES = 96 << 20
+_MAPPED_BYTES = 48 << 20
+
+#: What the system maps around one page that is touched, at least.
+_FAULT_BYTES = 1 << 16
 
 PLAIN_DTYPES = {
     WeightFormat.BF16: torch.bfloat16,
@@ -61,7 +64,7 @@ class Reader:
         if self._mapped is None or self._read > _MAPPED_BYTES:
             self._mapped, self._read = with_new_maps(self.checkpoint), 0
         data = self._mapped.tensor_bytes(entry, start * row_bytes, stop * row_bytes)
-        self._read += data.nbytes
+        self._read += max(data.nbytes, _FAULT_BYTES)
         return data.reshape(stop - start, row_bytes)
 
 

@@ -122,6 +122,8 @@ def _rounding(a: Stored, b: Stored) -> str | None:
         kinds["larger"] += int((same_sign & (step == 1)).sum())
         neighbours = same_sign & (np.abs(step) == 1)
         kinds["even"] += int((neighbours & (left & 1 == 0)).sum())
+        if kinds["smaller"] + kinds["larger"] + kinds["zero"] != kinds["all"]:
+            return None  # a code is more than one step away: that is no rounding
     return _named(kinds)
 
 
