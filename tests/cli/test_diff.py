@@ -1,12 +1,15 @@
 """`nvfp4check diff` as people and scripts call it."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from nvfp4check.activations import Run
 from nvfp4check.checkpoint.editing import copy_checkpoint
+from nvfp4check.checkpoint.opening import Checkpoint, open_checkpoint
+from nvfp4ref import e2m1, e4m3, packing
 
 TINY = Path(__file__).parents[2] / "goldens/tiny-deepseek-v3"
 NVFP4, FP8 = str(TINY / "nvfp4"), str(TINY / "fp8")
@@ -84,18 +87,50 @@ def test_a_whole_comparison_fits_a_screen(run):
     assert lines[0].startswith("DIFFERENT: 3 settings") or lines[0].startswith("WITHIN ROUNDING")
 
 
-def test_recorded_activations_weigh_the_errors(run, tmp_path):
-    recorded = tmp_path / "run"
-    shutil.copytree(TINY / "activations/reference-float32", recorded)
-    plain = json.loads(run("diff", NVFP4, FP8, "--format", "json").out)
-    ran = run("diff", NVFP4, FP8, "--activations", str(recorded), "--format", "json")
-    weighed = json.loads(ran.out)
+@pytest.mark.parametrize(
+    ("module", "point"),
+    [
+        ("model.layers.1.mlp.experts.0.gate_proj", "mlp_input"),
+        ("model.layers.2.self_attn.q_a_proj", "attn_input"),
+    ],
+)
+def test_recorded_activations_weigh_the_error_of_the_output(run, tmp_path, module, point):
+    made = str(tmp_path / "run")
+    run("forward", FP8, "--activations", "all", "--out", made)
 
-    heads = [
-        next(w for w in d["weights"] if w["name"] == "lm_head.weight") for d in (plain, weighed)
-    ]
-    assert heads[0]["class"] == "identical"
-    assert len(plain["weights"]) == len(weighed["weights"])
+    ran = run("diff", FP8, NVFP4, "--activations", made, "--only", module, "--format", "json")
+    plain = run("diff", FP8, NVFP4, "--only", module, "--format", "json")
+
+    (found,) = json.loads(ran.out)["weights"]
+    (unweighted,) = json.loads(plain.out)["weights"]
+    assert found["weighted"]
+    assert found["relative_error"] != unweighted["relative_error"]
+    expected = _relative_output_error(module, Run.open(made), point)
+    terms = found["elements"]
+    assert found["relative_error"] == pytest.approx(expected, rel=terms * 2**-52)  # sums of float64
+
+
+def _relative_output_error(module: str, recorded: Run, point: str) -> float:
+    """Compute it from the files, tensor by tensor."""
+    layer = int(module.split(".")[2])
+    inputs = torch.cat([recorded.point(layer, p, point).double() for p in recorded.prompts])
+    moments = inputs.square().mean(0)
+    base, made = open_checkpoint(FP8), open_checkpoint(NVFP4)
+
+    def load(checkpoint: Checkpoint, leaf: str) -> torch.Tensor:
+        return checkpoint.torch(checkpoint.tensors[f"{module}.{leaf}"])
+
+    elements = e4m3.decode(load(base, "weight")).double()
+    tiles = load(base, "weight_scale_inv").double().repeat_interleave(128, 0)
+    rows, columns = elements.shape
+    before = elements * tiles.repeat_interleave(128, 1)[:rows, :columns]
+    after = load(made, "weight").double()
+    if f"{module}.weight_scale_2" in made.tensors:
+        scales = e4m3.decode(load(made, "weight_scale")).double().repeat_interleave(16, 1)
+        codes = e2m1.decode(packing.unpack(load(made, "weight"))).double()
+        after = codes * scales * load(made, "weight_scale_2").double()  # exact in float64
+    noise = ((after - before).square() * moments).sum()
+    return float((noise / (before.square() * moments).sum()).sqrt())
 
 
 @pytest.mark.parametrize(
