@@ -10,7 +10,7 @@ from nvfp4check.forward.budget import PROCESS_BYTES, plan
 from nvfp4ref.deepseek_v3.config import DeepseekV3Config
 
 PUBLISHED = (
-    Path(__file__).parents[1] / "goldens" / "configs" / "nvidia--DeepSeek-V3.1-NVFP4_config.json"
+    Path(__file__).parents[2] / "goldens" / "configs" / "nvidia--DeepSeek-V3.1-NVFP4_config.json"
 )
 GIB = 2**30
 #: gate_proj of a dense layer in BF16.
