@@ -11,13 +11,13 @@ The decorator returns the `Rule`. A group file lists its rules in `RULES`, and t
 `__init__` collects the groups. What a rule cannot look at it hands to `RuleContext.skip`.
 """
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from nvfp4check.findings import Finding, JsonValue, Severity, Skipped
+from nvfp4check.visible import visible
 
 if TYPE_CHECKING:
     from nvfp4check.checkpoint.audit.outcome import AuditOutcome
@@ -25,12 +25,6 @@ if TYPE_CHECKING:
     from nvfp4check.checkpoint.expected import Expected
     from nvfp4check.checkpoint.opening import Checkpoint
     from nvfp4check.checkpoint.scan import WeightScan
-
-#: What text output cannot show as it is: control characters, separators, surrogates, marks that
-#: reorder text.
-_UNPRINTABLE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
-)
 
 
 class RuleLevel(StrEnum):
@@ -40,19 +34,9 @@ class RuleLevel(StrEnum):
     BYTES = "bytes"
 
 
-def printable(text: str, limit: int = 200) -> str:
-    r"""Return the text with everything a terminal would act on escaped, and cut to a length.
-
-    Names come from the checkpoint, which may be hostile: an escape sequence in a tensor's name
-    must not reach the terminal, nor a line break forge a second finding.
-    """
-
-    def escape(match: re.Match[str]) -> str:
-        code = ord(match.group())
-        return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
-
-    shown = _UNPRINTABLE.sub(escape, text)
-    return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"
+def printable(text: object, limit: int = 200) -> str:
+    """Return a name or message from the checkpoint on one harmless line, cut to a length."""
+    return visible(text, limit)
 
 
 def counted(count: int, noun: str) -> str:
