@@ -29,7 +29,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     """
     root = checkpoint.location
     if "://" not in root:
-        root = str(Path(root).absolute())
+        root = str(Path(root).resolve())
     digest = hashlib.sha256(f"{__version__}\n{root}\n".encode("utf-8", "surrogateescape"))
     for name in sorted(checkpoint.shards):
         changed = checkpoint.storage.version(name)

@@ -8,16 +8,12 @@ could not be read, a weight whose bytes no rule can interpret, or that has no co
 base it is to be held against.
 """
 
-import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from nvfp4check import __version__
 from nvfp4check.checkpoint.byte_pass import Sample, draw, read_bytes, scannable_weights
 from nvfp4check.checkpoint.card.parse import MAX_CHARACTERS, parse_card
 from nvfp4check.checkpoint.card.review import CardReview, review
@@ -35,14 +31,11 @@ from nvfp4check.checkpoint.rules.base import (
 )
 from nvfp4check.checkpoint.rules.blocks import tp_misaligned
 from nvfp4check.checkpoint.storage import StorageError
+from nvfp4check.checkpoint.validation_result import ValidationResult, summary_of, verdict_of
+from nvfp4check.checkpoint.validation_result import exit_code as exit_code
 from nvfp4check.engine import Engine
 from nvfp4check.engine.local import LocalEngine
-from nvfp4check.findings import CheckError, Coverage, Finding, Severity, Verdict
-
-if TYPE_CHECKING:
-    from nvfp4check.checkpoint.audit.outcome import AuditOutcome
-
-SCHEMA = "nvfp4check/validate/1"
+from nvfp4check.findings import CheckError, Coverage, Finding, Severity
 
 #: The model card of a checkpoint.
 CARD = "README.md"
@@ -90,126 +83,6 @@ class ValidationOptions:
             )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointSummary:
-    """What kind of checkpoint it is. `formats` counts logical weights."""
-
-    location: str
-    producer: str | None
-    architecture: str | None
-    formats: dict[str, int]
-    bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ValidationResult:
-    """What a run found, and what it covered."""
-
-    checkpoint: CheckpointSummary
-    findings: tuple[Finding, ...]
-    coverage: Coverage
-    verdict: Verdict
-    level: RuleLevel
-    sample: Sample | None
-    seconds: float
-    audit: "AuditOutcome | None" = field(default=None, kw_only=True)
-    card: CardReview | None = field(default=None, kw_only=True)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the document of schema nvfp4check/validate/1."""
-        coverage: dict[str, Any] = {
-            "tensors": self.coverage.tensors,
-            "tensors_checked": self.coverage.tensors_checked,
-            "bytes_checked": self.coverage.bytes_checked,
-            "rules": [*self.coverage.rules],
-            "skipped": [{"what": gap.what, "why": gap.why} for gap in self.coverage.skipped],
-            "level": self.level.value,
-        }
-        if self.sample is not None:
-            coverage["sample"] = _sample_json(self.sample)
-        added: dict[str, Any] = {}
-        if self.audit is not None:
-            added["audit"] = self.audit.to_json()
-        if self.card is not None:
-            added["card"] = self.card.to_json()
-        return {
-            "schema": SCHEMA,
-            "tool": {"name": "nvfp4check", "version": __version__},
-            "checkpoint": {
-                "location": self.checkpoint.location,
-                "producer": self.checkpoint.producer,
-                "architecture": self.checkpoint.architecture,
-                "formats": {**self.checkpoint.formats},
-                "bytes": self.checkpoint.bytes,
-            },
-            "verdict": self.verdict.value,
-            "findings": [_finding_json(finding) for finding in self.findings],
-            "coverage": coverage,
-            "seconds": round(self.seconds, 3),
-            **added,
-        }
-
-
-def _finding_json(finding: Finding) -> dict[str, Any]:
-    return {
-        "rule": finding.rule,
-        "name": finding.name,
-        "severity": finding.severity.value,
-        "tensor": finding.tensor,
-        "shard": finding.shard,
-        "offset": finding.offset,
-        "count": finding.count,
-        "message": finding.message,
-        "observed": _finite(finding.observed),
-        "expected": _finite(finding.expected),
-    }
-
-
-def _finite(value: object) -> object:
-    """Spell what JSON has no number for: "nan", "inf", "-inf"."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return value
-
-
-def _sample_json(sample: Sample) -> dict[str, Any]:
-    return {
-        "fraction": sample.fraction,
-        "seed": sample.seed,
-        "groups": sample.groups,
-        "groups_read": sample.groups_read,
-        "weights": sample.weights,
-        "weights_read": sample.weights_read,
-        "missed": [
-            {"defective_groups": size, "probability": sample.missed(size)}
-            for size in sample.defect_sizes
-        ],
-    }
-
-
-def verdict_of(
-    findings: tuple[Finding, ...], coverage: Coverage, fail_on: Severity = Severity.ERROR
-) -> Verdict:
-    """Judge a run: a finding as grave as `fail_on` fails it, a gap makes it incomplete."""
-    if any(finding.severity.rank <= fail_on.rank for finding in findings):
-        return Verdict.FAIL
-    return Verdict.INCOMPLETE if coverage.skipped else Verdict.PASS
-
-
-def exit_code(
-    result: ValidationResult, fail_on: Severity = Severity.ERROR, allow_skips: bool = False
-) -> int:
-    """Return 0 when it was checked and holds, 1 when it does not, 2 when not all was checked."""
-    verdict = verdict_of(result.findings, result.coverage, fail_on)
-    if verdict is Verdict.FAIL:
-        return 1
-    return 0 if verdict is Verdict.PASS or allow_skips else 2
-
-
 def validate(
     checkpoint: Checkpoint,
     options: ValidationOptions | None = None,
@@ -221,6 +94,7 @@ def validate(
         CheckError: The options make no sense, or bytes could not be read.
     """
     options = options or ValidationOptions()
+    _require_another_base(checkpoint, options.base)
     begun = time.perf_counter()
     chosen = select_rules(options.select, options.ignore)
     card = _card(checkpoint, options)
@@ -244,7 +118,7 @@ def validate(
     findings.sort(key=lambda finding: finding.sort_key)
     coverage = _coverage(context, rules)
     return ValidationResult(
-        checkpoint=_summary(checkpoint),
+        checkpoint=summary_of(checkpoint),
         findings=tuple(findings),
         coverage=coverage,
         verdict=verdict_of(tuple(findings), coverage, options.fail_on),
@@ -254,6 +128,19 @@ def validate(
         audit=context.audit,
         card=card,
     )
+
+
+def _require_another_base(checkpoint: Checkpoint, base: Checkpoint | None) -> None:
+    """Refuse to hold a checkpoint against itself: that it equals itself says nothing.
+
+    Raises:
+        CheckError: The base is the checkpoint.
+    """
+    if base is not None and checkpoint.shards and fingerprint(base) == fingerprint(checkpoint):
+        raise CheckError(
+            f"{printable(base.location)}: the base is the checkpoint itself, of which every weight "
+            "is a copy; give --base the FP8 or BF16 checkpoint that this one was made from"
+        )
 
 
 def _why_not(rule: Rule, options: ValidationOptions, card: CardReview | None) -> str | None:
@@ -400,18 +287,4 @@ def _coverage(context: RuleContext, rules: tuple[Rule, ...]) -> Coverage:
         bytes_checked=size,
         rules=tuple(rule.id for rule in rules),
         skipped=tuple(context.skipped),
-    )
-
-
-def _summary(checkpoint: Checkpoint) -> CheckpointSummary:
-    declared = checkpoint.quantization
-    name = declared.producer_name or declared.producer
-    producer = " ".join(part for part in (name, declared.producer_version) if part)
-    formats = Counter(weight.format.value for weight in checkpoint.weights.values())
-    return CheckpointSummary(
-        location=checkpoint.location,
-        producer=producer or None,
-        architecture=checkpoint.architecture,
-        formats=dict(sorted(formats.items())),
-        bytes=checkpoint.nbytes,
     )

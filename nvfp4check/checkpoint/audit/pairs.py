@@ -41,6 +41,8 @@ class Pairing:
     pairs: list[Pair] = field(default_factory=list)
     #: Weights that cannot be held against their base, with the reason.
     hindered: dict[str, str] = field(default_factory=dict)
+    #: Weights that are quantised in the base too: held against it as copies, not audited.
+    quantized_before: list[str] = field(default_factory=list)
     #: Weights that the base does not have.
     added: list[str] = field(default_factory=list)
     #: Weights of the base that are not here.
@@ -61,8 +63,13 @@ def pair_weights(checkpoint: Checkpoint, base: Checkpoint) -> Pairing:
         if why is not None:
             found.hindered[name] = why
             continue
-        quantized = weight.format is WeightFormat.NVFP4 and other.format is not WeightFormat.NVFP4
-        found.pairs.append(Pair(weight, other, Kind.QUANTIZED if quantized else Kind.COPIED))
+        kind = Kind.COPIED
+        if weight.format is WeightFormat.NVFP4:
+            if other.format is WeightFormat.NVFP4:
+                found.quantized_before.append(name)
+            else:
+                kind = Kind.QUANTIZED
+        found.pairs.append(Pair(weight, other, kind))
     found.missing = [
         name
         for name, weight in base.weights.items()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from nvfp4check.checkpoint.audit.foreign import name_foreign
 from nvfp4check.checkpoint.audit.outcome import AuditOutcome
-from nvfp4check.checkpoint.audit.pairs import Pair, pair_weights
+from nvfp4check.checkpoint.audit.pairs import Pair, Pairing, pair_weights
 from nvfp4check.checkpoint.audit.passes import audit_pairs
 from nvfp4check.checkpoint.audit.results import CopyAudit, WeightAudit
 from nvfp4check.checkpoint.journal import Journal
@@ -17,6 +17,11 @@ from nvfp4check.checkpoint.rules.base import counted, printable
 from nvfp4check.checkpoint.storage import StorageError
 from nvfp4check.engine import Engine
 from nvfp4check.findings import CheckError
+
+_QUANTIZED_BEFORE = (
+    "the base is quantised already, so that they are copies says nothing of how they were made; "
+    "give --base the FP8 or BF16 checkpoint, or compare the two with diff"
+)
 
 #: What could not be audited, and why.
 Gap = tuple[str, str]
@@ -37,7 +42,7 @@ def run_audit(
         CheckError: Bytes cannot be read, or a worker died.
     """
     pairing = pair_weights(checkpoint, base)
-    gaps = _gaps(pairing.hindered, pairing.added)
+    gaps = _gaps(pairing)
     audits = audit_pairs(
         checkpoint, base, _drawn(pairing.pairs, *sample), engine, journal, progress
     )
@@ -88,19 +93,20 @@ def _drawn(pairs: Sequence[Pair], fraction: float, seed: int) -> Sequence[Pair]:
     return drawn
 
 
-def _gaps(hindered: dict[str, str], added: list[str]) -> list[Gap]:
+def _gaps(pairing: Pairing) -> list[Gap]:
     """Fold what cannot be audited by its reason."""
     by_reason: dict[str, list[str]] = defaultdict(list)
-    for name, why in hindered.items():
+    for name, why in pairing.hindered.items():
         by_reason[why].append(name)
-    if added:
-        by_reason["the base has no such weight"] = added
+    by_reason["the base has no such weight"] = pairing.added
+    by_reason[_QUANTIZED_BEFORE] = pairing.quantized_before
     return [
         (
             f"audit of {counted(len(names), 'weight')}, the first {printable(names[0])}",
-            printable(why),
+            printable(why, 400),
         )
         for why, names in by_reason.items()
+        if names
     ]
 
 

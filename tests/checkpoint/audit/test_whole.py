@@ -1,6 +1,7 @@
 """Honest conversions are accepted, with their convention; work goes on where it stopped."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -38,12 +39,13 @@ def run(tmp_path: Path) -> Callable[..., ValidationResult]:
         ("nvfp4", "bf16", "modelopt-0.39", ("bf16", "fp8-128x128"), _BY_FP8),
         ("ct", "small_bf16", "compressed-tensors", ("bf16", "direct"), {"bytes": 25}),
         ("fp8", "bf16", None, None, {"bytes": 43, "converted to FP8": 288}),
-        ("fp8", "fp8", None, None, {"bytes": 331}),
+        ("fp8", "copied", None, None, {"bytes": 331}),
     ],
 )
 def test_a_real_producers_conversion_is_accepted_with_its_convention(
     golden: SimpleNamespace,
     goldens: Path,
+    tmp_path: Path,
     run: Callable[..., ValidationResult],
     checkpoint: str,
     base: str,
@@ -52,6 +54,8 @@ def test_a_real_producers_conversion_is_accepted_with_its_convention(
     copied: dict[str, int],
 ) -> None:
     places = {**vars(golden), "small_bf16": goldens / SMALL / "bf16"}
+    if base == "copied":
+        places[base] = shutil.copytree(golden.fp8, tmp_path / "copied")
     result = run(places[checkpoint], places[base], select=("NV7", "NV801"))
     document = result.to_json()["audit"]
 
@@ -112,6 +116,36 @@ def test_a_weight_that_the_base_lacks_is_a_gap(
 
     assert "model.norm.weight" in gap.what
     assert gap.why == "the base has no such weight"
+
+
+def test_a_base_that_is_the_checkpoint_itself_is_refused(
+    golden: SimpleNamespace, run: Callable[..., ValidationResult], tmp_path: Path
+) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(golden.nvfp4)
+
+    for base in (golden.nvfp4, link):
+        with pytest.raises(CheckError, match="the base is the checkpoint itself"):
+            run(golden.nvfp4, base)
+
+
+def test_equal_copies_of_a_quantised_base_are_a_gap_and_unequal_ones_a_finding(
+    golden: SimpleNamespace,
+    clone_of: Callable[[Path], CheckpointEditor],
+    run: Callable[..., ValidationResult],
+) -> None:
+    clone = clone_of(golden.nvfp4)
+    same = run(clone.path, golden.nvfp4, select=("NV7",))
+    [gap] = same.coverage.skipped
+
+    assert (same.verdict, same.findings) == (Verdict.INCOMPLETE, ())
+    assert "audit of 212 weights" in gap.what
+    assert "the base is quantised already" in gap.why
+
+    clone.raw("model.layers.2.mlp.experts.5.down_proj.weight")[3, 4] ^= 1
+    changed = run(clone.path, golden.nvfp4, select=("NV7",))
+
+    assert (changed.verdict, [f.rule for f in changed.findings]) == (Verdict.FAIL, ["NV704"])
 
 
 def test_two_processes_find_what_one_finds(
