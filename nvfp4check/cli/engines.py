@@ -25,6 +25,17 @@ EngineOption = Annotated[
 ]
 
 
+def make_expert_engine(name: EngineName, jobs: int) -> "Engine | None":
+    """Return who computes the experts of a forward run: None, this process, or a Ray cluster."""
+    if name is EngineName.LOCAL:
+        return None
+    import torch
+
+    from nvfp4check.engine.ray import RayEngine
+
+    return RayEngine(jobs, threads=torch.get_num_threads())
+
+
 def make_engine(name: EngineName, jobs: int) -> "Engine":
     """Return the engine of this name; a Ray cluster that has to be started gets `jobs` workers."""
     if name is EngineName.RAY:

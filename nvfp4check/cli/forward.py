@@ -8,6 +8,7 @@ import typer
 
 import nvfp4check
 from nvfp4check.cli.command import command, make_app
+from nvfp4check.cli.engines import EngineName, EngineOption, make_expert_engine
 from nvfp4check.cli.exit_codes import ExitCode
 from nvfp4check.cli.options import (
     CheckpointArgument,
@@ -56,12 +57,6 @@ class Dtype(StrEnum):
     FLOAT32 = "float32"
     FLOAT64 = "float64"
     BFLOAT16 = "bfloat16"
-
-
-class EngineName(StrEnum):
-    """Where the work is done."""
-
-    LOCAL = "local"
 
 
 @command(
@@ -132,7 +127,10 @@ def forward(
             metavar="RUN", help="Force the experts that another run chose.", show_default=False
         ),
     ] = None,
-    engine: Annotated[EngineName, typer.Option(help="Where the work is done.")] = EngineName.LOCAL,
+    engine: EngineOption = EngineName.LOCAL,
+    jobs: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Workers of a Ray cluster that is started here.")
+    ] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     format: PlainFormatOption = None,
     output: OutputOption = None,
@@ -167,6 +165,7 @@ def forward(
         seed=seed,
         routing=routing,
         max_memory=int(max_memory * 2**30),
+        engine=make_expert_engine(engine, jobs),
         resume=resume,
     )
     result = _run(checkpoint, _prompts(prompts, text or []), out, options)

@@ -6,6 +6,7 @@ nothing else about where the work ran.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
 Item = TypeVar("Item")
@@ -18,6 +19,10 @@ Finished = Callable[[int, Result], None]
 
 class Engine(Protocol):
     """Maps work over whatever the engine has."""
+
+    def kept(self) -> AbstractContextManager[None]:
+        """Keep what is dear to set up, such as a cluster, from one map inside to the next."""
+        ...
 
     def map(
         self,

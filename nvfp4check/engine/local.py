@@ -4,6 +4,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,10 @@ class LocalEngine:
     def __post_init__(self) -> None:
         if self.jobs < 1:
             raise CheckError(f"cannot work with {self.jobs} jobs; give --jobs 1 or more")
+
+    def kept(self) -> AbstractContextManager[None]:
+        """Keep nothing: each map has its own processes."""
+        return nullcontext()
 
     def map(
         self,

@@ -12,7 +12,7 @@ import logging
 import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -35,15 +35,20 @@ class RayEngine:
     """Work on a Ray cluster.
 
     `address` is Ray's: None looks for RAY_ADDRESS or a cluster on this machine before it starts
-    one with `jobs` processors.
+    one with `jobs` workers. Each worker takes as many processors as it has `threads`.
     """
 
     jobs: int = 1
     address: str | None = None
+    threads: int = 1
 
     def __post_init__(self) -> None:
         if self.jobs < 1:
             raise CheckError(f"cannot work with {self.jobs} jobs; give --jobs 1 or more")
+
+    def kept(self) -> AbstractContextManager[None]:
+        """Stay connected to the cluster from one map to the next."""
+        return _connected(_ray(), self.address, self.jobs * self.threads)
 
     def map(
         self,
@@ -63,10 +68,11 @@ class RayEngine:
         if not items:
             return
         ray = _ray()
-        with _connected(ray, self.address, self.jobs):
+        with self.kept():
+            workers = _workers(ray, self.threads)
             job = ray.put((uuid.uuid4().hex, function, prepare, arguments))
-            task = ray.remote(_work).options(num_cpus=1, max_retries=RETRIES)
-            ahead = max(1, int(ray.cluster_resources().get("CPU", 1))) * _AHEAD
+            task = ray.remote(_work).options(num_cpus=self.threads, max_retries=RETRIES)
+            ahead = workers * _AHEAD
             yield from _ordered(ray, lambda item: task.remote(job, item), items, ahead, finished)
 
 
@@ -123,8 +129,21 @@ def _result(ray: ModuleType, reference: Any) -> Any:
         ) from error
 
 
+def _workers(ray: ModuleType, threads: int) -> int:
+    """Return how many workers of so many threads the machines of the cluster have room for."""
+    processors = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    largest = max(processors, default=0)
+    if 0 < largest < threads:
+        raise CheckError(
+            f"a worker takes {threads} processors, and the largest machine of the Ray cluster has "
+            f"{largest}; set OMP_NUM_THREADS={largest}, or start a larger one"
+        )
+    # A cluster that grows on demand may begin with none.
+    return max(1, sum(have // threads for have in processors))
+
+
 @contextmanager
-def _connected(ray: ModuleType, address: str | None, jobs: int) -> Iterator[None]:
+def _connected(ray: ModuleType, address: str | None, processors: int) -> Iterator[None]:
     """Be connected to a cluster: the one the process already is, one that runs, or a new one."""
     if ray.is_initialized():
         yield
@@ -136,7 +155,7 @@ def _connected(ray: ModuleType, address: str | None, jobs: int) -> Iterator[None
         if chosen is not None:
             ray.init(address=chosen, **quiet)
         else:
-            _join_or_start(ray, jobs, quiet)
+            _join_or_start(ray, processors, quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise CheckError(
             f"no Ray cluster at {chosen or 'this machine'}: {error}; start one with "
@@ -148,11 +167,11 @@ def _connected(ray: ModuleType, address: str | None, jobs: int) -> Iterator[None
         ray.shutdown()
 
 
-def _join_or_start(ray: ModuleType, jobs: int, quiet: dict[str, Any]) -> None:
+def _join_or_start(ray: ModuleType, processors: int, quiet: dict[str, Any]) -> None:
     try:
         ray.init(address="auto", **quiet)
     except ConnectionError:
-        ray.init(address="local", num_cpus=jobs, include_dashboard=False, **quiet)
+        ray.init(address="local", num_cpus=processors, include_dashboard=False, **quiet)
 
 
 def _ray() -> ModuleType:

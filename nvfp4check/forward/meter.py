@@ -24,5 +24,13 @@ class Meter:
         try:
             yield
         finally:
-            spent = time.perf_counter() - start
-            self.seconds[work] = self.seconds.get(work, 0.0) + spent
+            self._add(work, time.perf_counter() - start)
+
+    def add(self, other: "Meter") -> None:
+        """Add what another has measured, in a worker; its seconds ran beside these."""
+        self.bytes_read += other.bytes_read
+        for work, spent in other.seconds.items():
+            self._add(work, spent)
+
+    def _add(self, work: str, spent: float) -> None:
+        self.seconds[work] = self.seconds.get(work, 0.0) + spent

@@ -7,6 +7,7 @@ from typing import Self
 
 import torch
 
+from nvfp4check.engine import Engine
 from nvfp4check.findings import CheckError
 from nvfp4ref.deepseek_v3.linear import LinearMode
 
@@ -148,6 +149,12 @@ class ForwardOptions:
     seed: int = 0
     #: A run whose expert choices are forced.
     routing: Path | None = None
+    #: Dtypes of candidates that bounds are derived for.
+    bounds: tuple[str, ...] = ()
+    #: A run whose states each layer begins with.
+    inputs: Path | None = None
     #: Bytes.
     max_memory: int = DEFAULT_MAX_MEMORY
+    #: Who computes the experts; None: this process.
+    engine: Engine | None = None
     resume: bool = False

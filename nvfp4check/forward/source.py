@@ -1,6 +1,7 @@
 """The weights of a checkpoint as the reference asks for them, announced before they are used."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -15,8 +16,11 @@ from nvfp4check.forward.reading import ReadAhead, as_stored
 from nvfp4ref.deepseek_v3.config import DeepseekV3Config
 from nvfp4ref.deepseek_v3.linear import Linear
 from nvfp4ref.deepseek_v3.model import DecoderLayerWeights
-from nvfp4ref.deepseek_v3.moe import Experts, MlpWeights
+from nvfp4ref.deepseek_v3.moe import ExpertOutputs, Experts, MlpWeights, MoeWeights
 from nvfp4ref.deepseek_v3.weights import layer_weights, mlp_weights
+
+#: How the experts of a prefix are computed elsewhere, and what is called when that begins.
+Spread = Callable[[str, Callable[[], None]], ExpertOutputs]
 
 
 class StreamedSource:
@@ -29,12 +33,14 @@ class StreamedSource:
         reader: ReadAhead,
         settings: LinearSettings,
         meter: Meter,
+        spread: Spread | None = None,
     ) -> None:
         self._checkpoint = checkpoint
         self._config = config
         self._reader = reader
         self._settings = settings
         self._meter = meter
+        self._spread = spread
         self._announced: set[int] = set()
         self._k_scales = [
             (name, weight.parts[Part.K_SCALE])
@@ -49,8 +55,12 @@ class StreamedSource:
         self._announce(layer)
         self._then = (lambda: None) if following is None else (lambda: self._announce(following))
         weights = layer_weights(self, layer, self._config)
-        if Inventory(layer, self._config).expert_prefix is None:
+        prefix = Inventory(layer, self._config).expert_prefix
+        if prefix is None:
             self._then()
+        elif self._spread is not None and isinstance(weights.mlp, MoeWeights):
+            outputs = self._spread(prefix, self._then)
+            weights = replace(weights, mlp=replace(weights.mlp, outputs=outputs))
         return weights
 
     def cache_scale(self, layer: int) -> float:

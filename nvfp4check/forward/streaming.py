@@ -3,6 +3,7 @@
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from nvfp4check.activations import (
 )
 from nvfp4check.checkpoint.opening import Checkpoint, open_checkpoint
 from nvfp4check.findings import CheckError
+from nvfp4check.forward.bounds.layer import LayerBounds
+from nvfp4check.forward.bounds.recording import roundings_of, write_bounds
 from nvfp4check.forward.budget import Budget, plan
 from nvfp4check.forward.head import Head, embed, write_logits
 from nvfp4check.forward.inventory import (
@@ -43,9 +46,12 @@ from nvfp4check.forward.setup import (
     device_of,
     fingerprint,
     forced_run,
+    given_inputs,
     mode_of,
+    refuse_bounds,
 )
 from nvfp4check.forward.source import StreamedSource
+from nvfp4check.forward.spread import SpreadExperts
 from nvfp4check.tokens import Prompt, tokenize
 from nvfp4ref.deepseek_v3.cache import CacheFormat
 from nvfp4ref.deepseek_v3.linear import LinearMode
@@ -86,8 +92,9 @@ def run_forward(
     pass_ = _Pass(checkpoint, prompts, options)
     start = time.perf_counter()
     try:
-        journal = Journal.begin(out, pass_.info, resume=options.resume)
-        layers = 0 if journal.complete else pass_.compute(journal, progress)
+        with options.engine.kept() if options.engine is not None else nullcontext():
+            journal = Journal.begin(out, pass_.info, resume=options.resume)
+            layers = 0 if journal.complete else pass_.compute(journal, progress)
     except OSError as error:
         raise CheckError(
             f"{out}: cannot be written: {error.strerror or error}; make room or choose another "
@@ -130,6 +137,11 @@ class _Pass:
         self.config = config_of(checkpoint)
         self.first, self.stop = options.layers.within(self.config.num_hidden_layers)
         self.device = device_of(options.device)
+        if options.engine is not None and self.device.type != "cpu":
+            raise CheckError(
+                f"--device {options.device}: workers of an engine compute on processors; give "
+                "--device cpu, or --engine local"
+            )
         self.dtype = options.arithmetic.dtype
         check_weights(checkpoint, self.config, range(self.stop))
         self.mode = mode_of(checkpoint, self.config, options.mode)
@@ -138,6 +150,9 @@ class _Pass:
         self.tokens = {p.id: torch.tensor(p.tokens, dtype=torch.int64) for p in self.prompts}
         self.lengths = {prompt: len(tokens) for prompt, tokens in self.tokens.items()}
         self.forced = forced_run(options.routing, self.tokens)
+        self.inputs = given_inputs(options.inputs, self.tokens)
+        refuse_bounds(options)
+        self.roundings = roundings_of(options.bounds, self.dtype)
         self.budget = self._plan()
         self.meter = Meter()
 
@@ -177,6 +192,8 @@ class _Pass:
             perturb=str(options.perturbation) if options.perturbation else None,
             seed=options.seed if options.perturbation else None,
             routing=str(options.routing) if options.routing else None,
+            bounds=options.bounds,
+            inputs=dict(self.inputs.digests) if self.inputs else None,
             versions={
                 "nvfp4check": nvfp4check.__version__,
                 "python": platform.python_version(),
@@ -201,12 +218,22 @@ class _Pass:
         def taken() -> None:
             progress(reach.step(self.meter.bytes_read))
 
+        engine, spread = self.options.engine, None
+        if engine is not None:
+            spread = SpreadExperts(
+                engine, self.checkpoint, self.config, settings, self.meter, taken
+            ).of
         with ReadAhead(self.checkpoint.storage, self.budget.ahead, self.meter, taken) as reader:
-            source = StreamedSource(self.checkpoint, self.config, reader, settings, self.meter)
+            source = StreamedSource(
+                self.checkpoint, self.config, reader, settings, self.meter, spread
+            )
             hidden = self._embedded() if begin == 0 else journal.load_state(self.device)
             for layer in range(begin, self.stop):
                 reach.layer = layer
-                hidden, points = self._layer(hidden, layer, source)
+                hidden, points, bounds = self._layer(hidden, layer, source)
+                if bounds is not None:
+                    names = self.options.bounds
+                    write_bounds(journal.run, layer, bounds, names, self.lengths)
                 journal.layer_done(layer, points, hidden)
             reach.layer = self.stop
             whole_model = self.stop == self.config.num_hidden_layers
@@ -232,32 +259,48 @@ class _Pass:
 
     def _layer(
         self, hidden: torch.Tensor, layer: int, source: StreamedSource
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the state after a layer and what was recorded of it."""
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], LayerBounds | None]:
+        """Return the state after a layer, what was recorded of it, and its bounds if asked for."""
+        if self.inputs is not None and layer:
+            given = [self.inputs.rows(layer, prompt) for prompt in self.lengths]
+            hidden = torch.cat(given).to(self.device, self.dtype)
         points = _Points(self.lengths, self.options.activations)
         following = layer + 1 if layer + 1 < self.stop else None
+        scale = source.cache_scale(layer) if self.cache_format is CacheFormat.FP8 else None
         caches = empty_caches(
             len(self.prompts),
             self.config,
             self.dtype,
             self.cache_format,
-            source.cache_scale(layer) if self.cache_format is CacheFormat.FP8 else 1.0,
+            1.0 if scale is None else scale,
             self.device,
         )
+        lengths = list(self.lengths.values())
+        weights = source.layer(layer, following)
+        bounds = None
+        if self.roundings is not None:
+            bounds = LayerBounds(hidden, lengths, weights, self.config, self.roundings, scale)
+            weights = bounds.weights
+
+        def record(point: str, value: torch.Tensor) -> None:
+            points.record(point, value)
+            if bounds is not None:
+                bounds.record(point, value)
+
         hidden, _ = decoder_layer(
             hidden,
             caches,
-            list(self.lengths.values()),
-            source.layer(layer, following),
+            lengths,
+            weights,
             self.config,
             forced_experts=self._forced_experts(layer),
-            record=points.record,
+            record=record,
         )
         if self.options.perturbation is not None:
             hidden = self._perturbed(hidden, layer)
             points.record(HIDDEN, hidden)
         self._check_finite(hidden, layer)
-        return hidden, points.tensors
+        return hidden, points.tensors, bounds
 
     def _perturbed(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
         perturbation, seed = self.options.perturbation, self.options.seed

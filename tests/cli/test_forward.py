@@ -84,6 +84,18 @@ def test_what_cannot_be_done_ends_with_a_message_and_exit_code_2(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_cluster_without_ray_ends_with_what_to_install(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+
+    done = run("forward", str(TINY / "bf16"), "--out", str(tmp_path / "run"), "--engine", "ray")
+
+    assert done.code == 2
+    assert "pip install 'nvfp4check[ray]'" in done.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_golden_is_recorded_then_verified_then_missed(
     run: Callable[..., Any], prompts: Path, tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ Contract:
              expert's mlp(x) last; summed in float32 (float64), rounded once to the dtype of x
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +41,20 @@ class MlpWeights:
 #: Gives the weights of the experts asked for, in the order asked; may read them as it goes.
 Experts = Callable[[Sequence[int]], Iterable[MlpWeights]]
 
+#: Gives the output of each chosen expert for its tokens, in the order of the mapping: of experts,
+#: x [T, D] and the tokens that go to each.
+ExpertOutputs = Callable[
+    [Experts, torch.Tensor, Mapping[int, torch.Tensor]], Iterable[torch.Tensor]
+]
+
+
+def in_turn(
+    experts: Experts, x: torch.Tensor, tokens: Mapping[int, torch.Tensor]
+) -> Iterator[torch.Tensor]:
+    """Yield the outputs of the chosen experts, one after the other."""
+    for token, weights in zip(tokens.values(), experts(list(tokens)), strict=True):
+        yield mlp(x[token], weights)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateWeights:
@@ -59,6 +73,8 @@ class MoeWeights:
     gate: GateWeights
     experts: Experts
     shared_experts: MlpWeights | None
+    #: How the experts are gone through; whoever has more than one computer does it otherwise.
+    outputs: ExpertOutputs = in_turn
 
 
 def mlp(x: torch.Tensor, weights: MlpWeights) -> torch.Tensor:
@@ -98,10 +114,11 @@ def moe(
 
     total = torch.zeros(x.shape, dtype=wide, device=x.device)
     chosen = sorted(set(experts.flatten().tolist()))
-    for expert, its_weights in zip(chosen, weights.experts(chosen), strict=True):
-        token, slot = (experts == expert).nonzero(as_tuple=True)
-        output = mlp(x[token], its_weights).to(wide)
-        total[token] += expert_weights[token, slot].unsqueeze(1) * output
+    places = {expert: (experts == expert).nonzero(as_tuple=True) for expert in chosen}
+    tokens = {expert: token for expert, (token, _) in places.items()}
+    outputs = weights.outputs(weights.experts, x, tokens)
+    for (token, slot), output in zip(places.values(), outputs, strict=True):
+        total[token] += expert_weights[token, slot].unsqueeze(1) * output.to(wide)
     if weights.shared_experts is not None:
         total += mlp(x, weights.shared_experts).to(wide)
     return total.to(x.dtype)
