@@ -6,6 +6,8 @@
                                     <prompt id>/values, /tokens (int32) [T, N], /logsumexp [T]
     RUN/final_hidden.safetensors    <prompt id>: [T, hidden], after the final norm
     RUN/layers/NNN.safetensors      <prompt id>/<point>, one row a token
+    RUN/bounds/NNN.safetensors      <prompt id>/<point>/<dtype>: float64 [T], how far a correct
+                                    candidate of that dtype may lie from each token
 
 Points: attn_input attn_output mlp_input mlp_output hidden (the residual stream after the layer),
 and in layers with experts router_scores (float32 [T, E]: sigmoid + bias, what the choice is made
@@ -40,6 +42,10 @@ TOKENS_FILE = "tokens.safetensors"
 LOGITS_FILE = "logits.safetensors"
 FINAL_HIDDEN_FILE = "final_hidden.safetensors"
 LAYERS_FOLDER = "layers"
+BOUNDS_FOLDER = "bounds"
+
+#: Beside the bounds: codes that were counted as flipped, and whose experts cannot legally change.
+STRADDLES, SETTLED = "straddles", "settled"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +81,10 @@ class RunInfo:
     seed: int | None = None
     #: The run whose experts were forced.
     routing: str | None = None
+    #: Dtypes of candidates that bounds were derived for.
+    bounds: tuple[str, ...] = ()
+    #: Digest by prompt of the states that each layer began with, where another run gave them.
+    inputs: dict[str, str] | None = None
     #: Name and version of whatever made the run, and of what it ran on.
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -107,6 +117,7 @@ class RunInfo:
         if values.get("layers") is not None:
             first, stop = values["layers"]
             values["layers"] = (int(first), int(stop))
+        values["bounds"] = tuple(values.get("bounds") or ())
         return cls(**values)
 
 
@@ -210,6 +221,19 @@ class Run:
         """
         return self._tensor(self.layer_file(layer), f"{prompt}/{point}")
 
+    def bounded(self, layer: int) -> frozenset[str]:
+        """Return what the bounds of a layer are of, as `<prompt>/<point>/<dtype>`."""
+        file = bounds_file(self.path, layer)
+        return frozenset(self._names(file)) if file.is_file() else frozenset()
+
+    def bound(self, layer: int, prompt: str, point: str, dtype: str) -> "torch.Tensor":
+        """Return how far each token of a candidate of a dtype may lie off at a point, [T].
+
+        Raises:
+            CheckError: It was not derived.
+        """
+        return self._tensor(bounds_file(self.path, layer), f"{prompt}/{point}/{dtype}")
+
     def layer_file(self, layer: int) -> Path:
         """Return where a layer's points lie."""
         return layer_file(self.path, layer)
@@ -244,6 +268,11 @@ def opened(file: Path) -> Any:
 def layer_file(run: Path, layer: int) -> Path:
     """Return where a layer's points lie in a run."""
     return run / LAYERS_FOLDER / f"{layer:03d}.safetensors"
+
+
+def bounds_file(run: Path, layer: int) -> Path:
+    """Return where a layer's bounds lie in a run."""
+    return run / BOUNDS_FOLDER / f"{layer:03d}.safetensors"
 
 
 def write_info(run: Path, info: RunInfo) -> None:

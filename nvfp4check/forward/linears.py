@@ -5,7 +5,8 @@ are exact (STORED) have the reference's bits; others may be summed in another or
 float32 or float64 sum, as the shapes of the matrix products differ.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from nvfp4check.checkpoint.naming import LogicalWeight, Part, WeightFormat
 from nvfp4check.dequantize import dequantize_fp8_block, dequantize_nvfp4
 from nvfp4check.findings import CheckError
+from nvfp4check.forward.bounds.linear import Input, InputForm
 from nvfp4check.forward.exact import FEW_ROWS, engine_operand, product_of_few
 from nvfp4check.forward.meter import Meter
 from nvfp4check.forward.reading import RawParts, ReadAhead, as_stored
@@ -80,6 +82,40 @@ class StreamedLinear:
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the weight [N, K]."""
         return self._values(self._bytes(), slice(0, self._weight.shape[0]), dtype)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the weight's bytes as long as the context is open, to multiply with them again."""
+        kept, self._kept = self._kept, True
+        try:
+            yield
+        finally:
+            self._kept = kept
+            if not kept:
+                self._raw = None
+
+    def input(self) -> Input:
+        """Return how the input is taken."""
+        raw, format = self._bytes(), self._weight.format
+        stored = self._settings.mode is LinearMode.STORED
+        smooth = self._tensor(raw, Part.PRE_QUANT_SCALE) if Part.PRE_QUANT_SCALE in raw else None
+        if stored and format is WeightFormat.NVFP4 and Part.INPUT_SCALE in raw:
+            return Input(InputForm.NVFP4, self._input_scales(raw)[1], smooth)
+        if stored and format is WeightFormat.FP8_BLOCK:
+            power_of_two = self._settings.power_of_two_scales
+            return Input(InputForm.FP8_POWER_OF_TWO if power_of_two else InputForm.FP8)
+        return Input(
+            InputForm.PLAIN, pre_quant_scale=smooth, weight_rounds=format is not WeightFormat.BF16
+        )
+
+    def squares(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return float32 rows [R, K] times the transposed squares of the weight, [R, N]."""
+        raw = self._bytes()
+        return self._by_rows(
+            rows,
+            lambda chunk: self._values(raw, chunk, torch.float32).square(),
+            lambda squares: rows @ squares.T,
+        )
 
     def _bytes(self) -> RawParts:
         raw = self._raw if self._raw is not None else self._reader.take(self._weight)

@@ -11,7 +11,8 @@ from nvfp4check.activations import Run
 from nvfp4check.checkpoint.opening import Checkpoint
 from nvfp4check.findings import CheckError
 from nvfp4check.forward.inventory import QUANTIZED_FORMATS, needed
-from nvfp4check.forward.options import KvCache
+from nvfp4check.forward.options import ForwardOptions, KvCache
+from nvfp4check.layer_inputs import LayerInputs
 from nvfp4ref.deepseek_v3.cache import CacheFormat
 from nvfp4ref.deepseek_v3.config import DeepseekV3Config
 from nvfp4ref.deepseek_v3.linear import LinearMode
@@ -115,3 +116,29 @@ def forced_run(routing: Path | None, tokens: Mapping[str, torch.Tensor]) -> Run 
         if prompt not in run.prompts or not torch.equal(run.tokens(prompt), expected):
             raise CheckError(f"{routing}: has not the same tokens for prompt {prompt!r}")
     return run
+
+
+def given_inputs(inputs: Path | None, tokens: Mapping[str, torch.Tensor]) -> LayerInputs | None:
+    """Open the run whose states each layer begins with.
+
+    Raises:
+        CheckError: It is no run, or has not the same tokens.
+    """
+    if inputs is None:
+        return None
+    run = LayerInputs.open(inputs)
+    for prompt, expected in tokens.items():
+        run.require(prompt, expected)
+    return run
+
+
+def refuse_bounds(options: ForwardOptions) -> None:
+    """Refuse bounds where they would not be those of the run.
+
+    Raises:
+        CheckError: So it is.
+    """
+    if options.bounds and options.perturbation is not None:
+        raise CheckError("--bounds: a run with --perturb is no reference; leave one of them out")
+    if options.bounds and options.engine is not None:
+        raise CheckError("--bounds: needs the weights at hand; give --engine local")

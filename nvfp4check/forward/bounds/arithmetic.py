@@ -1,0 +1,158 @@
+"""What a correct run may round, and what that adds to the error: the statistical model.
+
+Contract:
+    model       roundings are independent, and uniform within half a step of the value rounded:
+                mean zero, variance h**2 / 3, with h half the distance to the next value. This is
+                model 2.1 of Higham and Mary with the distribution written out; a uniform variable
+                is strictly sub-Gaussian, so its variance is also its proxy
+    output      every operation's result is rounded to the declared dtype, as often as software
+                that is known to be correct does it; inside an operation float32 is rounded
+    sums        the accumulator rounds S = K / chunk times. Terms come in an order that has nothing
+                to do with their values; then the partial sum after a part f of the terms is
+                f**2 y**2 + f (1 - f) (Q - y**2 / K) on the mean of squares, Q the sum of the
+                terms' squares, hence  u**2 / 3 (S (y**2 / 3 + Q / 6) + 4 y**2)  for roundings to
+                nearest, the 4 for alpha, its product, a split and a cast. An accumulator that
+                truncates is biased: u per step on the mean and twice that at most, which adds up:
+                (u S)**2 (y**2 / 3 + Q / 6), held as a bounded error
+    functions   exp, rsqrt and sigmoid are uniform within the declared units of the last place
+    both sides  the reference rounds as well, independently: its variance is added
+    bound       DEVIATIONS times the root of the summed variances of a token's elements, and
+                BOUNDED times that of its bounded errors (codes that may flip, truncation)
+    risk        for errors that are sub-Gaussian with these variances, whatever the correlation of
+                a token's elements: P(||e|| > L sqrt(sum of variances)) <= L exp(-(L**2 - 1) / 2),
+                by Jensen's inequality on exp(s e_i**2 / v_i) and s = (1 - L**-2) / 2. So many
+                tokens and points are held; their number times this is the probability that any
+                correct one exceeds
+    not a proof roundings are no random numbers. Where many operands repeat (a row of equal values,
+                ties throughout) they are correlated, and a bound may be exceeded by a correct run
+
+Sources: Higham and Mary, SIAM J. Sci. Comput. 41(5), A2815 (2019); Arbel, Marchal and Nguyen,
+ESAIM: P&S 24 (2020), on strict sub-Gaussianity.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+from nvfp4check.findings import CheckError
+from nvfp4check.tolerance import EPILOGUE_ROUNDINGS, Accumulator, Facts, Probabilistic, Rounding
+from nvfp4ref.rounding import PRECISION, SMALLEST_SUBNORMAL
+
+#: Standard deviations that a bound allows.
+DEVIATIONS = Probabilistic().factor
+
+#: What a bounded error is multiplied with. The count of codes that may flip takes every code whose
+#: threshold lies within DEVIATIONS, many times those that do flip; what it does not cover is that a
+#: few errors add up in one direction: two that do are within a root of 2, four within 2.
+BOUNDED = 2.0
+
+#: Arithmetic that can be declared.
+DECLARABLE = ("float32", "bfloat16", "float16")
+
+
+def risk() -> float:
+    """Return the probability that one correct token exceeds its bound at one point."""
+    return DEVIATIONS * math.exp(-(DEVIATIONS**2 - 1) / 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """The arithmetic of one side."""
+
+    dtype: torch.dtype
+    facts: Facts
+
+    @classmethod
+    def of_candidate(cls, name: str) -> Self:
+        """Return the arithmetic of an engine whose activations are of this dtype.
+
+        float32 is computed by units that round to nearest, one rounding a term; narrower dtypes by
+        tensor cores, whose accumulators are float32 and may truncate.
+
+        Raises:
+            CheckError: The dtype is none that can be declared.
+        """
+        if name not in DECLARABLE:
+            raise CheckError(f"--bounds {name!r}: give any of {', '.join(DECLARABLE)}")
+        dtype: torch.dtype = getattr(torch, name)
+        return cls(dtype, _CAREFUL if dtype == torch.float32 else Facts())
+
+    @classmethod
+    def of_reference(cls, dtype: torch.dtype) -> Self:
+        """Return the arithmetic of `nvfp4ref` with activations of this dtype."""
+        return cls(dtype, _EXACT if dtype == torch.float64 else _CAREFUL)
+
+
+_CAREFUL = Facts(accumulator_rounding=Rounding.NEAREST, accumulation_chunk=1)
+_EXACT = Facts(
+    accumulator=Accumulator.FLOAT64,
+    accumulator_rounding=Rounding.NEAREST,
+    accumulation_chunk=1,
+    function_ulps=0.0,
+)
+
+
+def rounding_variance(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the variance of rounding float64 values to a dtype: a third of half a step squared."""
+    _, exponent = torch.frexp(values)  # |values| is in [2**(exponent - 1), 2**exponent)
+    half = torch.ldexp(torch.ones_like(values), exponent - PRECISION[dtype] - 1)
+    least = SMALLEST_SUBNORMAL[dtype] / 2
+    return torch.where(values == 0, 0.0, half.clamp(min=least).square() / 3)
+
+
+class Roundings:
+    """What rounding adds, for each of A declared arithmetics together with the reference's.
+
+    Results are variances [A, 2, ...]: first of random errors, then of bounded ones.
+    """
+
+    def __init__(self, declared: Sequence[Declared], reference: Declared) -> None:
+        self.declared = tuple(declared)
+        self.reference = reference
+
+    def __len__(self) -> int:
+        return len(self.declared)
+
+    def of_output(self, values: torch.Tensor, times: int = 1) -> torch.Tensor:
+        """Return what `times` roundings of a result add; the reference rounds once."""
+        own = rounding_variance(values, self.reference.dtype)
+        return self._random(
+            [times * rounding_variance(values, side.dtype) + own for side in self.declared]
+        )
+
+    def of_internal(self, values: torch.Tensor, times: int) -> torch.Tensor:
+        """Return what so many roundings inside an operation add, in float32 or better."""
+        one = rounding_variance(values, torch.float32)
+        own = one if self.reference.facts.accumulator is Accumulator.FLOAT32 else 0 * one
+        return self._random([times * (one + own)] * len(self.declared))
+
+    def of_functions(self, values: torch.Tensor, times: int = 1) -> torch.Tensor:
+        """Return what so many elementary functions add, each the factor of a value."""
+        squares = values.square() / 3
+        own = self.reference.facts.function_error**2
+        return self._random(
+            [times * (side.facts.function_error**2 + own) * squares for side in self.declared]
+        )
+
+    def of_sum(self, terms: int, values: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+        """Return what sums of `terms` terms add; `squares` are the sums of the terms' squares."""
+        partial = values.square() / 3 + squares / 6
+        both = []
+        for side in self.declared:
+            random, bounded = torch.zeros_like(partial), torch.zeros_like(partial)
+            for facts in (side.facts, self.reference.facts):
+                unit, steps = facts.accumulator_roundoff, facts.roundings(terms)
+                random += EPILOGUE_ROUNDINGS * unit**2 / 3 * values.square()
+                if facts.accumulator_rounding is Rounding.NEAREST:
+                    random += unit**2 / 3 * steps * partial
+                else:  # accumulator_roundoff is twice the mean of a truncation
+                    bounded += (unit / 2 * steps) ** 2 * partial
+            both.append(torch.stack((random, bounded)))
+        return torch.stack(both)
+
+    def _random(self, variances: Sequence[torch.Tensor]) -> torch.Tensor:
+        random = torch.stack(list(variances))
+        return torch.stack((random, torch.zeros_like(random)), dim=1)

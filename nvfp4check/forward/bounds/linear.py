@@ -1,0 +1,128 @@
+"""Errors through a linear layer, by the format of its weight and of its input.
+
+M rows, K input features, N output features; W the weight dequantised.
+
+Contract, y = x W^T:
+    independent  var y = (W o W) var x, by the squares of the weights: errors of different elements
+                 are taken as uncorrelated, as far as this weight can tell
+    common       goes through unchanged, unless the input is quantised: then only its codes matter
+    own          the sum's roundings (`arithmetic`), with Q = (W o W) x**2; one to the dtype; and
+                 for weights dequantised to a dtype that does not hold them, Q u**2 / 3
+    quantised    x becomes codes, so its error becomes steps (`straddles`), bounded errors; what
+                 was random is gone but for the scale of an FP8 block, which is held both as
+                 independent and as common, for its 128 elements are neither
+
+`squares` is computed in float32 with each row scaled to 1, which is good to K 2**-24.
+"""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+import torch
+
+from nvfp4check.forward.bounds import straddles
+from nvfp4check.forward.bounds.arithmetic import Roundings
+from nvfp4check.forward.bounds.uncertain import Uncertain
+from nvfp4ref.rounding import UNIT_ROUNDOFF
+
+
+class InputForm(StrEnum):
+    """What a linear makes of its input."""
+
+    PLAIN = "plain"
+    NVFP4 = "nvfp4"
+    FP8 = "fp8"
+    FP8_POWER_OF_TWO = "fp8-power-of-two"
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """How a linear takes its input."""
+
+    form: InputForm
+    #: Of NVFP4: the reciprocal of the scale that decodes, float32 [].
+    encode: torch.Tensor | None = None
+    #: AWQ: what the input is multiplied with first, [K].
+    pre_quant_scale: torch.Tensor | None = None
+    #: Whether the dequantised weight is rounded to the dtype of the activations.
+    weight_rounds: bool = False
+
+
+class SquaringLinear(Protocol):
+    """A linear that can say what it makes of its input, and multiply with its weight's squares."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x [M, K] times the transposed weight, [M, N]."""
+        ...
+
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the weight [N, K]."""
+        ...
+
+    def held(self) -> AbstractContextManager[None]:
+        """Keep the weight's bytes as long as the context is open."""
+        ...
+
+    def input(self) -> Input:
+        """Return how the input is taken."""
+        ...
+
+    def squares(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return float32 rows [R, K] times the transposed squares of the weight, [R, N]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """The error of a product, and of its input how many codes were counted as flipped."""
+
+    output: Uncertain
+    #: [A, M], on the processor.
+    straddles: torch.Tensor
+
+
+def through(linear: SquaringLinear, x: Uncertain, y: torch.Tensor, roundings: Roundings) -> Passed:
+    """Return the error of y [M, N], the product of x with the linear's weight."""
+    form = linear.input()
+    if form.pre_quant_scale is not None:
+        scale = form.pre_quant_scale.double()
+        scaled = Uncertain(x.value * scale, x.variance * scale.square(), x.common)
+        x = scaled.plus(roundings.of_output(scaled.value))
+    quantised = _quantised(x, form)
+    taken = quantised.value if quantised is not None else x
+    rows = torch.cat((taken.variance.flatten(0, 2), taken.value.square()))
+    products = _scaled_squares(linear, rows)
+    inherited = products[: -len(x.value)].unflatten(0, taken.variance.shape[:3])
+    own_squares = products[-len(x.value) :]
+    value = y.double()
+    local = roundings.of_sum(x.value.shape[-1], value, own_squares) + roundings.of_output(value)
+    if form.weight_rounds:
+        units = [UNIT_ROUNDOFF[side.dtype] ** 2 / 3 for side in roundings.declared]
+        own = UNIT_ROUNDOFF[roundings.reference.dtype] ** 2 / 3
+        local[:, 0] += torch.stack([(unit + own) * own_squares for unit in units])
+    none = torch.zeros(len(roundings), len(value), dtype=torch.int64)
+    counted = none if quantised is None else quantised.straddles
+    return Passed(Uncertain(value, inherited + local, taken.common), counted)
+
+
+def _quantised(x: Uncertain, form: Input) -> straddles.Quantised | None:
+    """Return the operand that a linear makes of x, None where it takes x itself."""
+    if form.form is InputForm.PLAIN:
+        return None
+    if form.encode is not None:
+        return straddles.nvfp4(x, form.encode)
+    power_of_two = form.form is InputForm.FP8_POWER_OF_TWO
+    return straddles.fp8(x, power_of_two_scales=power_of_two)
+
+
+def _scaled_squares(linear: SquaringLinear, rows: torch.Tensor) -> torch.Tensor:
+    """Return rows [R, K] of float64 times the squares of a weight, each row scaled to 1."""
+    largest = rows.amax(-1, keepdim=True)
+    live = largest.squeeze(-1) > 0
+    scaled = (rows[live] / largest[live]).float()
+    product = linear.squares(scaled).double() * largest[live]
+    out = product.new_zeros(len(rows), product.shape[-1])
+    out[live] = product
+    return out

@@ -1,0 +1,55 @@
+"""The bounds of a run: asked for by name, and written beside its points.
+
+RUN/bounds/NNN.safetensors    <prompt>/<point>/<dtype>: float64 [T], how far a token may lie off
+                              <prompt>/straddles/<dtype>: int32 [T], codes counted as flipped
+                              <prompt>/settled/<dtype>: uint8 [T], 0 where another choice of
+                              experts is legal; not in dense layers
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from nvfp4check.activations import SETTLED, STRADDLES, bounds_file, write_tensors
+from nvfp4check.findings import CheckError
+from nvfp4check.forward.bounds.arithmetic import DECLARABLE, Declared, Roundings
+from nvfp4check.forward.bounds.layer import LayerBounds
+
+
+def parse_bounds(text: str) -> tuple[str, ...]:
+    """Return the dtypes that `float32,bfloat16` asks for, each once.
+
+    Raises:
+        CheckError: One of them cannot be declared.
+    """
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise CheckError(f"--bounds {text!r}: give any of {', '.join(DECLARABLE)}, with commas")
+    for name in names:
+        Declared.of_candidate(name)
+    return names
+
+
+def roundings_of(names: Sequence[str], reference: torch.dtype) -> Roundings | None:
+    """Return what is rounded by candidates of these dtypes and a reference; None without any."""
+    if not names:
+        return None
+    declared = [Declared.of_candidate(name) for name in names]
+    return Roundings(declared, Declared.of_reference(reference))
+
+
+def write_bounds(
+    run: Path, layer: int, found: LayerBounds, names: Sequence[str], lengths: Mapping[str, int]
+) -> None:
+    """Write the bounds of a layer that was computed."""
+    rows = {**found.bounds, STRADDLES: found.straddles.to(torch.int32)}
+    if found.settled is not None:
+        rows[SETTLED] = found.settled.to(torch.uint8)
+    tensors = {}
+    for point, values in rows.items():
+        for name, of_name in zip(names, values, strict=True):
+            parts = torch.split(of_name, list(lengths.values()))
+            for prompt, part in zip(lengths, parts, strict=True):
+                tensors[f"{prompt}/{point}/{name}"] = part
+    write_tensors(bounds_file(run, layer), tensors)

@@ -1,0 +1,132 @@
+"""Errors of the router, and whose choice of experts can legally change.
+
+T tokens, E experts in groups, k chosen; l the router's logits, s = sigmoid(l).
+
+Contract:
+    scores    var = (s (1 - s))**2 var l, to first order, and its roundings; the bias is exact.
+              Logits may be rounded to the dtype of the activations, as by engines whose router is
+              one linear among others, and so may s
+    weights   w = scaling s / sum of the chosen s: all s come from one input, so their errors are
+              added as roots, w (|ds| / s + sum of |ds| / sum of s)
+    settled   no choice within the reach of the scores is another: every open group beats every
+              closed one, by the sum of its two best, by more than both may lie off; and within
+              the open groups every chosen expert every other one. Where this fails another choice
+              of experts is legal; what follows it has a bound only for the reference's choice
+    sum       the experts' outputs w_e y_e come from one input: their errors are added as roots.
+              The dtype holds each y_e, each product, the sum of the routed and that with the shared
+"""
+
+import torch
+
+from nvfp4check.forward.bounds.arithmetic import Roundings
+from nvfp4check.forward.bounds.uncertain import Uncertain, minkowski
+from nvfp4ref.deepseek_v3.config import DeepseekV3Config
+from nvfp4ref.deepseek_v3.routing import choose
+
+
+def router_scores(
+    x: Uncertain, weight: torch.Tensor, scores: torch.Tensor, roundings: Roundings
+) -> tuple[Uncertain, torch.Tensor]:
+    """Return the error of the choice scores [T, E], and the scores without their bias."""
+    w = weight.double()
+    logits = x.value @ w.T
+    w2 = w.square()
+    of_logits = x.variance @ w2.T + x.common.unsqueeze(-1) * logits.square()
+    of_logits = of_logits + roundings.of_output(logits)
+    of_logits = of_logits + roundings.of_sum(w.shape[-1], logits, x.value.square() @ w2.T)
+    sigmoid = logits.sigmoid()
+    local = roundings.of_output(sigmoid) + roundings.of_functions(sigmoid)
+    value = scores.double()
+    variance = (sigmoid * (1 - sigmoid)).square() * of_logits + local
+    variance = variance + roundings.of_internal(value, 1)  # with the bias
+    return Uncertain(value, variance, torch.zeros_like(x.common)), sigmoid
+
+
+def router_weights(
+    scores: Uncertain,
+    sigmoid: torch.Tensor,
+    experts: torch.Tensor,
+    weights: torch.Tensor,
+    config: DeepseekV3Config,
+    roundings: Roundings,
+) -> Uncertain:
+    """Return the error of the weights [T, k] of the reference's experts [T, k]."""
+    chosen = experts.long()
+    s = sigmoid.gather(-1, chosen)
+    roots = scores.variance.gather(-1, chosen.expand(*scores.variance.shape[:2], *chosen.shape))
+    roots = roots.sqrt()
+    value = weights.double()
+    if config.norm_topk_prob:
+        relative = roots / s + (roots.sum(-1) / s.sum(-1)).unsqueeze(-1)
+    else:
+        relative = roots / s
+    local = roundings.of_output(value) + roundings.of_internal(value, 4)
+    return Uncertain(value, (relative * value).square() + local, torch.zeros_like(scores.common))
+
+
+def settled(scores: Uncertain, experts: torch.Tensor, config: DeepseekV3Config) -> torch.Tensor:
+    """Return whose experts [T, k] are the only legal ones, bool [A, T]."""
+    value, reach = scores.value, scores.reach  # (T, E), (A, T, E)
+    low, high = value - reach, value + reach
+    chosen = torch.zeros_like(value, dtype=torch.bool).scatter_(-1, experts.long(), True)
+    rivals = ~chosen
+    groups_settled = torch.ones(reach.shape[:2], dtype=torch.bool, device=value.device)
+    if config.n_group > config.topk_group:
+        size = value.shape[-1] // config.n_group
+        # A group's sum of its two best lies between the same sums of the lowest and the highest.
+        least = low.unflatten(-1, (-1, size)).topk(2, dim=-1).values.sum(-1)
+        most = high.unflatten(-1, (-1, size)).topk(2, dim=-1).values.sum(-1)
+        sums = value.unflatten(-1, (-1, size)).topk(2, dim=-1).values.sum(-1)
+        best = choose(sums, 1, 1, config.topk_group).long()
+        opened = torch.zeros_like(sums, dtype=torch.bool).scatter_(-1, best, True)
+        weakest = least.masked_fill(~opened, torch.inf).amin(-1)
+        strongest = most.masked_fill(opened, -torch.inf).amax(-1)
+        groups_settled = weakest > strongest
+        rivals = rivals & opened.repeat_interleave(size, dim=-1)
+    last = low.masked_fill(~chosen, torch.inf).amin(-1)
+    next_ = high.masked_fill(~rivals, -torch.inf).amax(-1)
+    return groups_settled & (last > next_)
+
+
+class ExpertSum:
+    """Collects what experts give, root by root; [A, 2, T, D]."""
+
+    def __init__(self, weights: Uncertain, width: int) -> None:
+        self._weights = weights
+        arithmetics, _, tokens = weights.common.shape
+        self._roots = weights.value.new_zeros(arithmetics, 2, tokens, width)
+        #: Sum of the squares of what is added, for the roundings of the sum.
+        self._squares = weights.value.new_zeros(tokens, width)
+        self._rounded = weights.value.new_zeros(arithmetics, 2, tokens, width)
+        self._terms = 0
+
+    def add(
+        self, output: Uncertain, token: torch.Tensor, slot: torch.Tensor, roundings: Roundings
+    ) -> None:
+        """Add an expert's output for the tokens that chose it, each with its weight."""
+        weight = self._weights.value[token, slot].unsqueeze(-1)
+        its_variance = self._weights.variance[:, :, token, slot].unsqueeze(-1)
+        product = weight * output.value
+        added = minkowski(weight.square() * output.total, its_variance * output.value.square())
+        self._roots[:, :, token] += added.sqrt()
+        self._rounded[:, :, token] += roundings.of_output(product)
+        self._squares[token] += product.square()
+        self._terms += 1
+
+    def add_shared(self, output: Uncertain) -> None:
+        """Add the shared expert's output."""
+        self._roots += output.total.sqrt()
+        self._squares += output.value.square()
+        self._terms += 1
+
+    def total(self, value: torch.Tensor, terms: int, roundings: Roundings) -> Uncertain:
+        """Return the error of the sum [T, D] of so many terms a token."""
+        value = value.double()
+        local = (
+            roundings.of_output(value, 2)
+            + roundings.of_sum(terms, value, self._squares)
+            + self._rounded
+        )
+        return Uncertain(
+            value, self._roots.square() + local, torch.zeros_like(self._weights.common)
+        )
