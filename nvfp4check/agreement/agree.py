@@ -6,8 +6,11 @@ Contract of the verdict:
     pass        everything judged holds
     KL          known from below only (from a server's best tokens) can exceed a limit, but not be
                 shown to keep it: what would pass is undecided
-    judged      the limits on KL and top-1 where given; else the layers against the noise floor
-                where there is one; else only whether the two runs are equal bit for bit
+    judged      the limits on KL and top-1 where given; else the layers, against derived bounds
+                where their inputs are golden and the noise floor where there is one; else only
+                whether the two runs are equal bit for bit
+    bounds      what exceeds them fails. Layers that keep them pass only if every point compared
+                has been held, against its bound or the noise floor; else it is undecided
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +21,15 @@ import torch
 
 from nvfp4check.activations import Run
 from nvfp4check.agreement.blind import Blind, blind_spots
-from nvfp4check.agreement.divergence import Divergence, HeldPoint, first_divergence, hold
+from nvfp4check.agreement.bounds import Bounds, hold_bounds
+from nvfp4check.agreement.divergence import (
+    BOUND,
+    NOTHING,
+    Divergence,
+    HeldPoint,
+    first_divergence,
+    hold,
+)
 from nvfp4check.agreement.integrity import Integrity, Problem, check_runs
 from nvfp4check.agreement.layers import PointAgreement, compare_layers
 from nvfp4check.agreement.positions import Positions, compare_positions
@@ -27,11 +38,14 @@ from nvfp4check.agreement.statistics import Decision, Estimate, decide_at_least,
 from nvfp4check.agreement.summary import Summary, paired, summarize
 from nvfp4check.findings import CheckError
 
+BOUNDS_CRITERION = "layers within their derived bounds"
+FLOOR_CRITERION = "layers within the noise floor"
+
 
 class Judge(StrEnum):
     """What the verdict rests on."""
 
-    #: Limits where given, else layers where there is a noise floor, else equality in bits.
+    #: Limits where given, else layers where they have bounds or a floor, else equality in bits.
     AUTO = "auto"
     #: Nothing: the numbers are reported, and only a broken run fails.
     NONE = "none"
@@ -107,6 +121,7 @@ class AgreeResult:
     blind: tuple[Blind, ...]
     layers: tuple[HeldPoint, ...]
     routing: tuple[LayerRouting, ...]
+    bounds: Bounds
     divergence: Divergence | None
     positions: Positions | None
     logits: Summary | None
@@ -150,7 +165,8 @@ def agree(reference: Run, candidate: Run, options: AgreeOptions | None = None) -
         _require_same_checkpoint("--noise", run, "the reference", reference)
     if options.forced is not None:
         _require_same_checkpoint("--forced", options.forced, "the candidate", candidate)
-    held, routing, divergence = _layers(reference, candidate, prompts, integrity, options)
+    held, routing, bounds, divergence = _layers(reference, candidate, prompts, integrity, options)
+    integrity.problems.extend(bounds.problems)
     positions = compare_positions(reference, candidate, prompts, options.head)
     if positions is not None:
         integrity.problems.extend(positions.problems)
@@ -174,13 +190,14 @@ def agree(reference: Run, candidate: Run, options: AgreeOptions | None = None) -
         blind=tuple(blind_spots(reference, prompts, routing)),
         layers=tuple(held),
         routing=tuple(routing),
+        bounds=bounds,
         divergence=divergence,
         positions=positions,
         logits=logits,
         noise_logits=noise,
         split=_split(reference, prompts, positions, options),
         versus=_versus(reference, prompts, positions, options),
-        criteria=tuple(_criteria(held, routing, divergence, logits, positions, options)),
+        criteria=tuple(_criteria(held, routing, bounds, divergence, logits, positions, options)),
     )
 
 
@@ -251,7 +268,7 @@ def _layers(
     prompts: tuple[str, ...],
     integrity: Integrity,
     options: AgreeOptions,
-) -> tuple[list[HeldPoint], list[LayerRouting], Divergence | None]:
+) -> tuple[list[HeldPoint], list[LayerRouting], Bounds, Divergence | None]:
     count = reference.info.config.get("num_hidden_layers")
     own = count if type(count) is int else None
 
@@ -261,7 +278,9 @@ def _layers(
 
     points = points_of(candidate)
     noise = [{point.key: point for point in points_of(run)} for run in options.noise]
-    held = hold(points, noise, _units(points, reference, candidate), options.alpha, options.seed)
+    bounds = hold_bounds(reference, candidate, prompts, points)
+    units = _units(points, reference, candidate)
+    held = hold(points, noise, units, options.alpha, options.seed, bounds.points)
     routing, *noise_routing = (
         [
             layer
@@ -270,7 +289,7 @@ def _layers(
         ]
         for run in (candidate, *options.noise)
     )
-    return held, routing, first_divergence(held, routing, noise_routing)
+    return held, routing, bounds, first_divergence(held, routing, noise_routing, bounds)
 
 
 def _units(
@@ -326,6 +345,7 @@ def _versus(
 def _criteria(
     held: Sequence[HeldPoint],
     routing: Sequence[LayerRouting],
+    bounds: Bounds,
     divergence: Divergence | None,
     logits: Summary | None,
     positions: Positions | None,
@@ -353,13 +373,22 @@ def _criteria(
         found.append(_limit("top-1 agreement", decision, logits.top1, options.min_top1, options))
     if limited:
         return found
-    judged = options.noise and any(point.floor is not None for point in held)
-    if judged:
-        decision = Decision.PASS if divergence is None else Decision.FAIL
-        found.append(_plain("layers within the noise floor", decision))
-    elif _equal(held, routing, logits):
+    if bounds.points:
+        found.append(_plain(BOUNDS_CRITERION, _within_bounds(held, bounds)))
+    if options.noise and any(point.floor is not None for point in held):
+        beyond = divergence is not None and divergence.held_against != BOUND
+        found.append(_plain(FLOOR_CRITERION, Decision.FAIL if beyond else Decision.PASS))
+    elif not bounds.points and _equal(held, routing, logits):
         found.append(_plain("equal bit for bit at every point compared", Decision.PASS))
     return found
+
+
+def _within_bounds(held: Sequence[HeldPoint], bounds: Bounds) -> Decision:
+    """Decide whether layers keep their bounds; what has neither bound nor floor leaves it open."""
+    if bounds.illegal or any(point.bound and point.bound.exceeding for point in held):
+        return Decision.FAIL
+    open_ = any(point.held_against == NOTHING and not point.agreement.bitwise for point in held)
+    return Decision.UNDECIDED if open_ else Decision.PASS
 
 
 def _equal(

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from nvfp4check.activations import Run
-from nvfp4check.agreement.agree import AgreeOptions, AgreeResult, agree
+from nvfp4check.agreement.agree import BOUNDS_CRITERION, AgreeOptions, AgreeResult, agree
+from nvfp4check.agreement.divergence import NOTHING
 from nvfp4check.agreement.statistics import Decision
 
 
@@ -18,8 +19,8 @@ def assert_agrees(
 ) -> AgreeResult:
     """Assert that a run agrees with a golden.
 
-    With limits the logits are judged, with a noise run the layers, with neither every bit. What the
-    golden holds and the run lacks fails too, unless `allow_skips`.
+    With limits the logits are judged, with a noise run or bounds in the golden the layers, with
+    none of them every bit. What the golden holds and the run lacks fails too, unless `allow_skips`.
 
     Raises:
         AssertionError: It does not agree, or too few positions were given to tell; the message says
@@ -60,11 +61,24 @@ def explanation(result: AgreeResult, *, with_skips: bool = False) -> str:
         lines += [
             f"  its relative error there is {point.agreement.relative_error:.3g}"
             + (f", the floor {point.floor:.3g}" if point.floor is not None else "")
+            + (
+                f"; {point.bound.exceeding} of {point.bound.tokens} tokens lie beyond their bound, "
+                f"by up to {point.bound.ratio:.3g} times"
+                if point.bound is not None and point.bound.exceeding
+                else ""
+            )
             for point in result.layers
             if point.agreement.key == (divergence.layer, divergence.point)
         ]
     if not result.criteria:
         lines.append("  nothing was judged, and the runs are not equal: give max_kl or noise")
+    if any(criterion.what == BOUNDS_CRITERION for criterion in result.criteria):
+        open_ = sum(point.held_against == NOTHING for point in result.layers)
+        if open_:
+            lines.append(
+                f"  {open_} of {len(result.layers)} points have no bound, for their inputs are not "
+                "the golden's: give capture(inputs=golden), or noise"
+            )
     problems = [p for p in result.problems if p.fatal or (with_skips and p.kind == "missing")]
     lines += [f"  {problem.run}: {problem.message}" for problem in problems]
     return "\n".join(lines)

@@ -1,6 +1,10 @@
 """The first point at which two runs part by more than noise.
 
 Contract:
+    bound       where every token of a point has golden inputs, it diverges if one of them lies
+                beyond its derived bound (`bounds`), and by nothing else; where only some have, by
+                that or by what follows. Each is exceeded by chance with the probability that the
+                bounds state: their number times that is the level of all of them
     error       e of a token at a point, ||c - r|| / ||r||; f that of a noise run, and over several
                 of them the geometric mean: e is then as likely above f as below if it is noise too
     unit        both are taken to be at least u, the unit roundoff of the stored dtype: what is
@@ -16,8 +20,9 @@ Contract:
                 two ways each, so the level of each test is `alpha` divided by their number: a
                 candidate that is only noise is called divergent at any point with probability
                 `alpha` at most, as far as the mean of its segments is normal
-    router      the choice of experts diverges by the first flip that the error of the scores does
-                not explain; without scores, by the first flip where no noise run has one
+    router      the choice of experts diverges, where the scores have a derived bound, by the first
+                flip that this leaves no room for; else by the first that the error of the scores
+                does not explain; without scores, by the first where no noise run has one
     token       the first whose error is above every token's floor; where there is none, the one
                 with the largest ratio
     no floor    without a noise run any difference in bits is a divergence, held against nothing
@@ -30,6 +35,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from nvfp4check.agreement.bounds import Bounds, HeldBound
 from nvfp4check.agreement.layers import Place, PointAgreement
 from nvfp4check.agreement.routing import Flip, LayerRouting
 from nvfp4check.agreement.statistics import Estimate, estimate
@@ -38,6 +44,7 @@ ROUTER_EXPERTS = "router_experts"
 #: Share of the errors and floors below what counts as high.
 HIGH_SHARE = 0.9
 
+BOUND = "bound"
 NOISE_FLOOR = "noise floor"
 SCORE_ERROR = "error of the scores"
 NOTHING = "nothing"
@@ -62,6 +69,8 @@ class HeldPoint:
     agreement: PointAgreement
     #: Whether the block that gives this point got bitwise equal input; None where unknown.
     input_bitwise: bool | None
+    #: What came of holding it against its derived bound; None without one.
+    bound: HeldBound | None = None
     #: Relative error of the noise runs, None without them.
     floor: float | None = None
     #: Mean log ratio of error and floor, and its lower bound.
@@ -78,6 +87,8 @@ class HeldPoint:
     @property
     def held_against(self) -> str:
         """What the error was held against."""
+        if self.bound is not None and (self.bound.whole or self.bound.exceeding):
+            return BOUND
         return NOTHING if self.floor is None else NOISE_FLOOR
 
 
@@ -106,8 +117,12 @@ def hold(
     units: Mapping[tuple[int, str], float],
     alpha: float,
     seed: int = 0,
+    bounds: Mapping[tuple[int, str], HeldBound] | None = None,
 ) -> list[HeldPoint]:
-    """Hold each point against the noise runs; `units` are the unit roundoffs of the points."""
+    """Hold each point against its bound and the noise runs.
+
+    `units` are the unit roundoffs of the points.
+    """
     bitwise = {point.key: point.bitwise for point in points}
     held = []
     for point in points:
@@ -116,9 +131,22 @@ def hold(
         floors = [run[point.key] for run in noise if point.key in run]
         if noise and len(floors) == len(noise):
             found = _against(point, floors, units[point.key], alpha / (2 * len(points)), seed)
-            held.append(replace(found, input_bitwise=whole))
         else:
-            held.append(HeldPoint(agreement=point, input_bitwise=whole))
+            found = HeldPoint(agreement=point, input_bitwise=None)
+        held.append(_bounded(replace(found, input_bitwise=whole), (bounds or {}).get(point.key)))
+    return held
+
+
+def _bounded(held: HeldPoint, bound: HeldBound | None) -> HeldPoint:
+    """Let the bound decide where there is one."""
+    held = replace(held, bound=bound)
+    if bound is None:
+        return held
+    if bound.exceeding:
+        return replace(held, diverges=True, place=bound.first)
+    point = held.agreement
+    if bound.whole and point.nonfinite_candidate <= point.nonfinite_reference:
+        return replace(held, diverges=False, place=None)
     return held
 
 
@@ -204,9 +232,18 @@ def first_divergence(
     held: Sequence[HeldPoint],
     routing: Sequence[LayerRouting],
     noise_routing: Sequence[Sequence[LayerRouting]],
+    bounds: Bounds | None = None,
 ) -> Divergence | None:
     """Return the first point, in the order of the computation, that diverges."""
-    found = [*_of_values(held), *_of_routing(routing, noise_routing, held)]
+    bounds = bounds or Bounds()
+    found = [
+        *_of_values(held),
+        *_of_routing(routing, noise_routing, bounds),
+        *(
+            Divergence(layer=layer, point=ROUTER_EXPERTS, place=place, held_against=BOUND)
+            for layer, place in bounds.illegal
+        ),
+    ]
     return min(found, key=lambda d: (d.layer, ORDER.index(d.point)), default=None)
 
 
@@ -215,7 +252,7 @@ def _of_values(held: Sequence[HeldPoint]) -> list[Divergence]:
     for point in held:
         agreement = point.agreement
         place = point.place
-        if point.floor is None:
+        if point.held_against == NOTHING:
             place = agreement.first_difference if not agreement.bitwise else None
         if place is not None:
             found.append(
@@ -232,19 +269,20 @@ def _of_values(held: Sequence[HeldPoint]) -> list[Divergence]:
 def _of_routing(
     routing: Sequence[LayerRouting],
     noise_routing: Sequence[Sequence[LayerRouting]],
-    held: Sequence[HeldPoint],
+    bounds: Bounds,
 ) -> list[Divergence]:
     noisy = {
         (layer.layer, flip.place) for run in noise_routing for layer in run for flip in layer.flips
     }
     found = []
     for layer in routing:
-        suspects: list[Flip] = [flip for flip in layer.flips if flip.legal is False]
+        flips = [flip for flip in layer.flips if (layer.layer, flip.place) not in bounds.judged]
+        suspects: list[Flip] = [flip for flip in flips if flip.legal is False]
         against = SCORE_ERROR
         if not noise_routing:
-            suspects, against = list(layer.flips), NOTHING
+            suspects, against = flips, NOTHING
         elif layer.score_error is None:
-            suspects = [flip for flip in layer.flips if (layer.layer, flip.place) not in noisy]
+            suspects = [flip for flip in flips if (layer.layer, flip.place) not in noisy]
             against = NOISE_FLOOR
         if suspects:
             found.append(

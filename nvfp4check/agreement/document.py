@@ -47,6 +47,15 @@ def agree_document(result: AgreeResult, words: Words | None = None) -> dict[str,
         "reference": _run(result.reference),
         "candidate": _run(result.candidate),
         "noise": [_run(run) for run in result.options.noise],
+        "bounds": result.bounds.dtype
+        and {
+            "dtype": result.bounds.dtype,
+            "held": sum(held.tokens for held in result.bounds.points.values()),
+            "free": sum(held.free for held in result.bounds.points.values()),
+            "exceeding": sum(held.exceeding for held in result.bounds.points.values()),
+            "illegal_flips": len(result.bounds.illegal),
+            "risk": result.bounds.risk,
+        },
         "prompts": [
             {"id": info.id, "tokens": info.tokens, "text": info.text}
             for info in result.reference.info.prompts
@@ -84,6 +93,7 @@ def _run(run: Run) -> dict[str, Any]:
         "kv_cache": info.kv_cache,
         "dtype": info.dtype,
         "perturb": info.perturb,
+        "given_inputs": info.inputs is not None,
         "seed": info.seed,
         "versions": info.versions,
     }
@@ -96,6 +106,7 @@ def _place(place: Place | None) -> dict[str, Any] | None:
 def _point(point: HeldPoint) -> dict[str, Any]:
     agreement = point.agreement
     worst = _place(agreement.worst)
+    bound = point.bound
     return {
         "layer": agreement.layer,
         "point": agreement.point,
@@ -103,6 +114,12 @@ def _point(point: HeldPoint) -> dict[str, Any]:
         "sqnr_db": number(agreement.sqnr_db),
         "bitwise": agreement.bitwise,
         "input_bitwise": point.input_bitwise,
+        "bound": number(bound.relative) if bound else None,
+        "bound_ratio": number(bound.ratio) if bound else None,
+        "bound_worst": _place(bound.worst) if bound else None,
+        "bound_tokens": bound.tokens if bound else 0,
+        "bound_free": bound.free if bound else 0,
+        "bound_exceeding": bound.exceeding if bound else 0,
         "tokens": agreement.tokens,
         "worst": worst and {**worst, "relative_error": number(agreement.worst_error)},
         "share": number(agreement.share),

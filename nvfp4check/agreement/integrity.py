@@ -233,7 +233,7 @@ def _sums(
     name: str, run: Run, layers: tuple[int, ...], prompts: tuple[str, ...], skip: set[Skip]
 ) -> Iterator[Problem]:
     """Find states that are not the sum of what was added to them."""
-    if run.info.perturb:  # noise was put on the state after the sum
+    if run.info.perturb or run.info.inputs:  # noise came after the sum; layers began elsewhere
         return
     for layer in layers:
         if layer not in run.layers or layer - 1 not in run.layers:

@@ -12,7 +12,8 @@ Contract:
                      projection on itself splits without a rest:
                      <dh, dh'> + <d attention, dh'> + <d mlp, dh'> = <dh', dh'>
                      A share can be negative: that block's error cancels some of what came in.
-                     It holds to the rounding in which the run kept its residual stream
+                     It holds to the rounding in which the run kept its residual stream. Where a
+                     run was given the states its layers begin with, no error comes in
     bitwise          equal bytes at every token
     router_weights   compared expert by expert, 0 for the experts that were not chosen, for the
                      order of a token's experts carries no meaning
@@ -160,7 +161,10 @@ def compare_layers(
         recorded = set(reference.points(layer)) & set(candidate.points(layer))
         points = [point for point in VALUE_POINTS if point in recorded]
         whole = [p for p in points if not any((layer, p, prompt) in skip for prompt in chosen)]
-        shares, before = _shares(reference, candidate, layer, whole, chosen, before)
+        given = any(run.info.inputs for run in (reference, candidate))
+        shares, before = _shares(
+            reference, candidate, layer, whole, chosen, {} if given else before
+        )
         for point in points:
             sums = _Sums()
             for prompt in chosen:

@@ -92,7 +92,9 @@ def agree(
     ] = 0.8,
     judge: Annotated[
         JudgeBy,
-        typer.Option(help="auto: limits, else the noise floor, else equality. none: report only."),
+        typer.Option(
+            help="auto: limits, else bounds and noise floor, else equality. none: report only."
+        ),
     ] = JudgeBy.AUTO,
     head: Annotated[
         str | None,

@@ -23,6 +23,7 @@ def agree_html(document: Mapping[str, Any]) -> str:
     said = [
         words.divergence_sentence(document),
         words.routing_sentence(document),
+        words.bounds_sentence(document),
         words.split_sentence(document),
         words.versus_sentence(document),
     ]

@@ -28,12 +28,13 @@ def agree_junit(document: Mapping[str, Any]) -> str:
         case = _case(suite, "criterion", "something is judged")
         message = next(words.criteria_sentences(document))
         ElementTree.SubElement(case, "error", type="undecided", message=message)
-    judged = any(c["what"] == "layers within the noise floor" for c in document["criteria"])
+    judged = any(c["what"].startswith("layers within") for c in document["criteria"])
     for layer in dict.fromkeys(point["layer"] for point in document["layers"]):
         case = _case(suite, "layer", f"layer {layer}")
         lines = [
             f"{point['point']}: relative error {words.number(point['relative_error'])}, floor "
-            f"{words.number(point['floor'])}"
+            f"{words.number(point['floor'])}, error over bound "
+            f"{words.number(point.get('bound_ratio'))}"
             for point in document["layers"]
             if point["layer"] == layer and point["diverges"]
         ]

@@ -88,7 +88,7 @@ def _ticks(labels: Sequence[str]) -> tuple[str, ...]:
 
 
 def error_plot(document: Mapping[str, Any]) -> LinePlot | None:
-    """Return the relative error of each layer, with the noise floor."""
+    """Return the relative error of each layer, with the noise floor and the derived bound."""
     layers = list(dict.fromkeys(point["layer"] for point in document["layers"]))
     points = {(point["layer"], point["point"]): point for point in document["layers"]}
 
@@ -105,6 +105,8 @@ def error_plot(document: Mapping[str, Any]) -> LinePlot | None:
     ]
     if any(values("hidden", "floor")):
         series.append(("noise floor of hidden", "line-floor", values("hidden", "floor")))
+    if any(values("hidden", "bound")):
+        series.append(("bound of hidden", "line-bound", values("hidden", "bound")))
     return line_plot(
         "Relative error by layer",
         "logarithmic; equal points have no mark",

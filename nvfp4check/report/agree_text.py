@@ -9,7 +9,10 @@ from nvfp4check.report import agree_words as words
 from nvfp4check.report.validate_markdown import markdown
 
 #: What the mark in the table of layers means.
-MARK = "* beyond the noise floor, or for flips beyond the error of the scores"
+MARK = (
+    "* beyond its bound, or else the noise floor; for flips, beyond the error of the scores. err / "
+    "bound: the largest at any point of the layer"
+)
 SHARES = (
     "came in, attention, mlp: share of the error of hidden that the layer was given, and that each "
     "block added"
@@ -85,6 +88,7 @@ def _findings(document: Mapping[str, Any]) -> Iterator[str]:
     sentences = (
         words.divergence_sentence(document),
         words.routing_sentence(document),
+        words.bounds_sentence(document),
         words.split_sentence(document),
         words.versus_sentence(document),
     )

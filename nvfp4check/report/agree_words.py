@@ -1,6 +1,6 @@
 """An agreement in sentences and rows, which text, Markdown, JUnit and HTML share."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from nvfp4check.report.visible import visible
@@ -15,6 +15,7 @@ LAYER_HEADERS = (
     "mlp_output",
     "hidden",
     "floor",
+    "err / bound",
     "came in",
     "attention",
     "mlp",
@@ -110,7 +111,11 @@ def divergence_sentence(document: Document) -> str | None:
         return None
     found = document["first_divergence"]
     if found is None:
-        held = "within the noise floor" if document["noise"] else "equal bit for bit"
+        held = "equal bit for bit"
+        if any(point["held_against"] == "bound" for point in document["layers"]):
+            held = "within its bound"
+        if any(point["held_against"] == "noise floor" for point in document["layers"]):
+            held = "within the noise floor" if held[0] == "e" else f"{held} or the noise floor"
         return f"Layers: every point is {held}."
     text = f" ({visible(found['text'])!r})" if found.get("text") else ""
     against = found["held_against"]
@@ -213,6 +218,23 @@ def versus_sentence(document: Document) -> str | None:
     return f"Nearer to the reference: {nearer}; {measured}."
 
 
+def bounds_sentence(document: Document) -> str | None:
+    """Say what was held against derived bounds; None where nothing was."""
+    bounds = document.get("bounds")
+    if not bounds or not (bounds["held"] or bounds["free"]):
+        return None
+    text = (
+        f"Derived bounds ({bounds['dtype']}): {bounds['held']:,} tokens at points with golden "
+        f"inputs held, {bounds['exceeding']:,} beyond; a correct candidate exceeds any of them "
+        f"with probability {number(bounds['risk'])} at most, roundings taken as random"
+    )
+    if bounds["free"]:
+        text += f". {bounds['free']:,} have no bound, as they chose other experts and legally may"
+    if bounds["illegal_flips"]:
+        text += f". {bounds['illegal_flips']:,} chose other experts though nothing allows it"
+    return f"{text}."
+
+
 def routing_sentence(document: Document) -> str | None:
     """Say how many tokens went to other experts."""
     routing = document["routing"]
@@ -246,6 +268,7 @@ def layer_rows(document: Document) -> list[Row]:
                 _error(mlp),
                 _error(hidden),
                 number(hidden.get("floor")),
+                number(_over_bound(points.values())),
                 number(hidden.get("share"), "%"),
                 number(attention.get("share"), "%"),
                 number(mlp.get("share"), "%"),
@@ -262,6 +285,12 @@ def _error(point: Mapping[str, Any]) -> str:
         return "equal"
     mark = " *" if point["diverges"] else ""
     return f"{number(point['relative_error'])}{mark}"
+
+
+def _over_bound(points: Iterable[Mapping[str, Any]]) -> float | None:
+    """Return the largest error over its bound, at any point of a layer."""
+    ratios = [point.get("bound_ratio") for point in points if point.get("bound_tokens")]
+    return max((ratio for ratio in ratios if ratio is not None), default=None)
 
 
 def _flips(routed: Mapping[str, Any]) -> str:
