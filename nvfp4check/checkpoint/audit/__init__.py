@@ -13,6 +13,7 @@ results       what is found in one weight, in plain numbers
 passes        the pairs of a checkpoint, by work items
 signs         who a weight is, by the signs of a few of its elements
 foreign       weights that are another's, named
+regions       rows and columns that are, named
 patterns      what several of them have in common
 global_scale  which global scales an amax gives
 outcome       what all this says of a checkpoint

@@ -69,6 +69,9 @@ class Count(IntEnum):
 
 COUNTS = len(Count)
 _SCALINGS = 4
+#: Signs of a block that must differ for it to be another's: of 16 unrelated ones three or fewer
+#: differ with a probability of 1 %, and rounding changes none.
+_STRANGE = W(4)
 _INFINITY_BITS = U(0x7F800000)
 _LARGEST = SCALES - 1
 _VOID, _UNEXPLAINED, _SEARCHED = int(Count.VOID), int(Count.UNEXPLAINED), int(Count.SEARCHED)
@@ -277,7 +280,8 @@ def audit_rows(
         numbers: Fields of `Numbers`.
         tallies: Counts, scale bytes and codes that differ by way, plain blocks of zeros by scale
             byte, places of the first wrong elements, and the largest distance.
-        row_signs: For each row, elements with another sign than their code, and non-zero ones.
+        row_signs: For each row, live elements with another sign than their code, live ones, and
+            blocks with `_STRANGE` or more of the first.
         edge_blocks: Room for the numbers of all these blocks.
         extreme: List every block as an edge.
     """
@@ -289,7 +293,8 @@ def audit_rows(
     for row in range(scales.shape[0]):
         elements, packed = source[row], codes[row]
         signs = W(0)
-        nonzero = W(0)
+        live = W(0)
+        strange = W(0)
         for block in range(columns):
             at = 8 * block
             word = W(packed[at]) | (W(packed[at + 1]) << W(8))
@@ -305,8 +310,10 @@ def audit_rows(
             if byte >= SCALES:
                 counts[_VOID] += 1
                 continue
-            signs += ones_of(one >> W(32))
-            nonzero += ones_of(two >> W(32))
+            other_signs = ones_of(one >> W(32))
+            signs += other_signs
+            live += ones_of(two >> W(32))
+            strange += W(other_signs >= _STRANGE)
             if byte == 0 or amax_bits == U(0) or amax_bits >= _INFINITY_BITS or extreme:
                 if amax_bits < _INFINITY_BITS:
                     largest = max(largest, W(amax_bits))
@@ -352,7 +359,8 @@ def audit_rows(
                         else:
                             counts[_CLIPPED] += 1
         row_signs[row, 0] += signs
-        row_signs[row, 1] += nonzero
+        row_signs[row, 1] += live
+        row_signs[row, 2] += strange
     return edges, largest
 
 

@@ -81,7 +81,7 @@ class WeightAudit:
     #: The stored global scale, and the same as a multiplier.
     stored_scale: float
     global_decode: float
-    #: Rows with enough signs, those that are not the base's, and the first of these.
+    #: Rows with enough signs, those with parts that are not the base's, and the first of these.
     judged_rows: int
     strange_rows: int
     first_strange: int | None
@@ -111,11 +111,13 @@ class WeightAudit:
 
     @property
     def is_strange(self) -> bool:
-        """Whether enough of it is not the base's: a sixteenth of its rows, or all its signs.
+        """Whether some of it is not the base's."""
+        return self.strange_signs or self.strange_rows > 0
 
-        A sixteenth is the least share that one of the ranks of a sharded export holds.
-        """
-        return self.strange_signs or 16 * self.strange_rows > self.judged_rows
+    @property
+    def is_mostly_strange(self) -> bool:
+        """Whether more than half of its rows have parts that are not the base's."""
+        return self.strange_signs or 2 * self.strange_rows > self.judged_rows
 
     def differs(self, convention: str) -> int:
         """Scale bytes and codes together that a convention makes otherwise."""
@@ -140,6 +142,18 @@ class Foreign:
     holds: str | None
     #: In words.
     how: str
+    #: Rows that are not the base's, where only some are.
+    rows: int | None = None
+
+    @property
+    def shown(self) -> str:
+        """What the weight holds, in a few words."""
+        if self.holds is None:
+            return "no tensor of the base"
+        if self.holds != self.weight:
+            return self.holds
+        change = self.how.removeprefix("it is the base's ")
+        return f"{self.holds} {change}" if change != self.how else f"{self.holds}, but {self.how}"
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain JSON."""

@@ -105,16 +105,29 @@ def agree(chunks: Iterable[Signs], others: Iterable[Signs]) -> bool:
     return bool(equal) and sum(equal) >= _SHARE * len(equal)
 
 
+def sign_rows(
+    reader: Reader, weight: LogicalWeight, start: int, stop: int, first: int, last: int
+) -> Signs:
+    """Read the signs [rows, columns] of rows, from one even column to another.
+
+    Raises:
+        StorageError: They cannot be read.
+    """
+    rows, columns = matrix_shape(weight)
+    entry = weight.parts.get(Part.CODES) or weight.parts[Part.PLAIN]
+    size = 2 * entry.nbytes // (rows * columns)  # bytes of two elements
+    data = reader.rows(entry, start, stop, size * columns // 2)
+    data = data[:, size * first // 2 : size * last // 2]
+    if size == 1:
+        marks = np.stack([data << 4, data], axis=-1).reshape(stop - start, last - first)
+    else:
+        marks = data.reshape(stop - start, last - first, size // 2)[:, :, -1]
+    return np.asarray(marks >= 0x80, np.bool_)
+
+
 def row_heads(reader: Reader, weight: LogicalWeight) -> Iterator[bytes]:
     """Yield the first signs of every row."""
     rows, columns = matrix_shape(weight)
     length = min(4 * _CHUNK_SIGNS, columns)
-    entry = weight.parts.get(Part.CODES) or weight.parts[Part.PLAIN]
-    size = 2 * entry.nbytes // (rows * columns)  # bytes of two elements
     for start, stop in row_pieces(rows, columns):
-        data = reader.rows(entry, start, stop, size * columns // 2)[:, : size * length // 2]
-        if size == 1:
-            last = np.stack([data << 4, data], axis=-1).reshape(stop - start, length)
-        else:
-            last = data.reshape(stop - start, length, size // 2)[:, :, -1]
-        yield from (row.tobytes() for row in last >= 0x80)
+        yield from (row.tobytes() for row in sign_rows(reader, weight, start, stop, 0, length))

@@ -68,9 +68,10 @@ def look_at_block(
 ) -> Any:
     """Look at 16 elements from `source[at]` on: two words of findings.
 
-    The first holds the largest magnitude's bits (0 to 31) and a mask of elements whose sign is not
-    their code's (32 to 47); the second the masks of wrong (0 to 15), near (16 to 31) and non-zero
-    (32 to 47) elements. `source` holds bfloat16 as uint16 or float32 as uint32.
+    The first holds the largest magnitude's bits (0 to 31) and a mask of live elements whose sign is
+    not their code's (32 to 47); the second the masks of wrong (0 to 15), near (16 to 31) and live
+    (32 to 47) elements, whose code is no zero. `source` holds bfloat16 as uint16 or float32 as
+    uint32.
     """
     width = source.dtype.bitwidth
 
@@ -134,14 +135,13 @@ class _Block:
             b.icmp_unsigned("!=", low, high), b.icmp_unsigned("==", self.bits, _every(0x80000000))
         )
         near = b.or_(near, b.and_(other_sign, b.not_(live)))
-        nonzero = b.icmp_unsigned("!=", self.magnitude_bits, zero)
         largest = _declare(
             b.module, ir.FunctionType(_I32, [_WORDS]), "llvm.vector.reduce.umax.v16i32"
         )
         amax = b.zext(b.call(largest, [self.magnitude_bits]), _I64)
-        first = b.or_(amax, self._mask(b.and_(other_sign, nonzero), 32))
+        first = b.or_(amax, self._mask(b.and_(other_sign, live), 32))
         second = b.or_(self._mask(wrong, 0), self._mask(near, 16))
-        return [first, b.or_(second, self._mask(nonzero, 32))]
+        return [first, b.or_(second, self._mask(live, 32))]
 
     def _codes(self, factor: Any) -> Any:
         b = self.builder

@@ -3,10 +3,12 @@
 Contract:
     counts      exact; what each of them means stands in `kernel`
     amax        largest magnitude of the base's finite elements
-    stranger    a row whose signs are not the base's: of its non-zero elements, at least
-                `_LEAST_SIGNS`, more than a quarter have another sign than their code. Rounding
-                keeps the sign of every element; of two unrelated rows half the signs differ, and
-                64 of them differ in a quarter or less with a probability of 4e-5
+    stranger    a row whose signs are not the base's. Rounding keeps the sign of every element, so
+                that of live ones, whose code is no zero, none may differ; of two unrelated rows
+                half do. A row is strange when more than a quarter of its live signs differ, and it
+                has `_LEAST_SIGNS` of them (32 of an unrelated row differ in fewer with a
+                probability of 0.4 %); or when `_STRANGE_BLOCKS` of its blocks are strange by
+                themselves (`kernel`), as where ranks of a sharded export changed places
 """
 
 from typing import Any
@@ -40,7 +42,9 @@ from nvfp4ref.conventions import RULES, NegativeZero
 from nvfp4ref.formats import BLOCK_SIZE
 
 #: Signs that a row must have to be judged by them.
-_LEAST_SIGNS = 64
+_LEAST_SIGNS = 32
+#: Strange blocks that make a row strange.
+_STRANGE_BLOCKS = 4
 #: Edge blocks that the reference looks at together.
 _EDGES = 1 << 12
 
@@ -70,7 +74,7 @@ class _Tallies:
         self.zero_blocks = np.zeros(256, np.int64)
         self.places = np.full(2, -1, np.int64)
         self.worst = np.zeros(1, np.float64)
-        self.row_signs = np.zeros((rows, 2), np.int64)
+        self.row_signs = np.zeros((rows, 3), np.int64)
         #: Of edges, by convention.
         self.scale_differs = np.zeros(len(CONVENTIONS), np.int64)
         self.code_differs = np.zeros(len(CONVENTIONS), np.int64)
@@ -221,9 +225,9 @@ def _audited(
 ) -> WeightAudit:
     """Put the counts into plain numbers."""
     counts = tallies.counts
-    differing, signs = tallies.row_signs.T
+    differing, signs, strange_blocks = tallies.row_signs.T
     judged = signs >= _LEAST_SIGNS
-    strange = judged & (4 * differing > signs)
+    strange = judged & ((4 * differing > signs) | (strange_blocks >= _STRANGE_BLOCKS))
     first_strange = int(strange.argmax()) if strange.any() else None
     whole = not judged.any() and int(signs.sum()) >= _LEAST_SIGNS
     scale_differs, code_differs = {}, {}

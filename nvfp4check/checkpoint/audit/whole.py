@@ -3,13 +3,15 @@
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from nvfp4check.checkpoint.audit.foreign import name_foreign
 from nvfp4check.checkpoint.audit.outcome import AuditOutcome
 from nvfp4check.checkpoint.audit.pairs import Pair, Pairing, pair_weights
 from nvfp4check.checkpoint.audit.passes import audit_pairs
-from nvfp4check.checkpoint.audit.results import CopyAudit, WeightAudit
+from nvfp4check.checkpoint.audit.regions import RegionSearch
+from nvfp4check.checkpoint.audit.results import CopyAudit, Foreign, WeightAudit
+from nvfp4check.checkpoint.audit.sources import Reader
 from nvfp4check.checkpoint.journal import Journal
 from nvfp4check.checkpoint.naming import Layout, WeightFormat
 from nvfp4check.checkpoint.opening import Checkpoint
@@ -57,9 +59,8 @@ def run_audit(
                 "elements of the base are NaN or infinite",
             )
         )
-    strange = [name for name, audit in weights.items() if audit.is_strange]
     try:
-        foreign = name_foreign(checkpoint, base, strange)
+        foreign = _foreign(checkpoint, base, weights)
     except StorageError as error:
         raise CheckError(f"{base.location}: cannot be searched: {error}") from error
     return (
@@ -73,6 +74,21 @@ def run_audit(
         ),
         gaps,
     )
+
+
+def _foreign(
+    checkpoint: Checkpoint, base: Checkpoint, audits: Mapping[str, WeightAudit]
+) -> dict[str, Foreign]:
+    """Name what is not the base's: whole weights first, then rows and columns of others."""
+    whole = [name for name, audit in audits.items() if audit.is_mostly_strange]
+    found = name_foreign(checkpoint, base, whole)
+    search = RegionSearch(Reader(checkpoint), Reader(base), base)
+    for name, audit in audits.items():
+        if audit.is_strange and (name not in found or found[name].holds is None):
+            some = search.name(checkpoint.weights[name])
+            if some is not None and (name not in found or some.holds is not None):
+                found[name] = some
+    return found
 
 
 def _drawn(pairs: Sequence[Pair], fraction: float, seed: int) -> Sequence[Pair]:

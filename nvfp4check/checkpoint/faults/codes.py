@@ -90,8 +90,8 @@ def _truncated(p: Planting) -> None:
     does="The quantiser returned zeros: every code of a weight is 0.",
     threads=("NVIDIA/TransformerEngine/pull/3281",),
     found_by=("NV402",),
-    found_with_base=("NV703",),
-    also=("NV203", "NV303", "NV401", "NV701", "NV705"),
+    found_with_base=("NV701",),
+    also=("NV203", "NV303", "NV401", "NV705"),
 )
 def _all_zero(p: Planting) -> None:
     weight = p.nvfp4()

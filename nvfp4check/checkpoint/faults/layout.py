@@ -1,4 +1,4 @@
-"""F9 as stored bytes: block scales in the layout of a tensor core instead of row by row."""
+"""F9 and F19 as stored bytes: scales in a tensor core's layout; rows and columns out of place."""
 
 import torch
 
@@ -127,4 +127,73 @@ def _not_padded(p: Planting) -> None:
     p.set_scales(weight, flat.view_as(scales), "block scales in tiles that overlap")
 
 
-FAULTS = (_swizzled, _twice, _small_tiles, _rows_only, _not_padded)
+def _exchange(
+    p: Planting, weight: LogicalWeight, one: slice, two: slice, axis: int, what: str
+) -> None:
+    """Exchange rows, or columns by whole blocks, with their block scales."""
+    codes, scales = p.codes(weight), p.scales(weight)
+    for values, size in ((codes, 1), (scales, BLOCK_SIZE if axis else 1)):
+        first, second = (
+            values.narrow(axis, part.start // size, (part.stop - part.start) // size)
+            for part in (one, two)
+        )
+        kept = first.clone()
+        first.copy_(second)
+        second.copy_(kept)
+    p.set_codes(weight, codes, f"codes: {what}")
+    p.set_scales(weight, scales, f"block scales: {what}")
+
+
+@fault(
+    "F19h",
+    "ranks-in-another-order",
+    does="The columns of two tensor parallel ranks of a row-parallel weight were joined in the "
+    "other order.",
+    threads=("vllm-project/vllm-gguf-plugin/issues/103",),
+    found_with_base=("NV703",),
+)
+def _ranks(p: Planting) -> None:
+    weight = p.nvfp4(lambda w: w.shape[1] % (16 * BLOCK_SIZE) == 0, "NVFP4 weight of 16 blocks")
+    rank = weight.shape[1] // 4
+    one, two = slice(rank, 2 * rank), slice(2 * rank, 3 * rank)
+    _exchange(p, weight, one, two, 1, "ranks 1 and 2 of 4 are in one another's place")
+
+
+@fault(
+    "F19i",
+    "heads-in-another-order",
+    does="Two heads of an attention projection, rows and their block scales, changed places.",
+    found_with_base=("NV703",),
+)
+def _heads(p: Planting) -> None:
+    weight = p.nvfp4(lambda w: w.shape[0] % 8 == 0)
+    head = weight.shape[0] // 8
+    one, two = slice(head, 2 * head), slice(5 * head, 6 * head)
+    _exchange(p, weight, one, two, 0, "an eighth of the rows is in another's place")
+
+
+@fault(
+    "F19j",
+    "one-row-repeated",
+    does="One row, with its block scales, is its neighbour's: an index was one too small.",
+    found_with_base=("NV703",),
+)
+def _repeated(p: Planting) -> None:
+    weight = p.nvfp4(lambda w: w.shape[0] > 1)
+    row = int(p.rng.integers(1, weight.shape[0]))
+    codes, scales = p.codes(weight), p.scales(weight)
+    codes[row], scales[row] = codes[row - 1], scales[row - 1]
+    p.set_codes(weight, codes, f"codes of row {row} are those of row {row - 1}")
+    p.set_scales(weight, scales, f"block scales of row {row} are those of row {row - 1}")
+
+
+FAULTS = (
+    _swizzled,
+    _twice,
+    _small_tiles,
+    _rows_only,
+    _not_padded,
+    _ranks,
+    _heads,
+    _repeated,
+)

@@ -125,9 +125,10 @@ def audit_not_nearest(context: RuleContext) -> Iterator[Problem]:
     "NV703",
     "audit-foreign",
     Severity.ERROR,
-    fires_when="with --base: the signs of a weight, or of a sixteenth of its rows or more, are "
-    "not the base tensor's; the finding names the tensor it is, when it is another: permuted "
-    "experts, gate and up exchanged, halves swapped, transposed, nibbles swapped",
+    fires_when="with --base: the signs of a weight, of one row, or of some columns of its rows are "
+    "not the base tensor's; the finding names the tensor, the rows or the columns they are, when "
+    "they are others: permuted experts or heads, gate and up exchanged, ranks of a sharded export "
+    "or halves swapped, transposed, nibbles swapped",
     why="Rounding keeps the sign of every element, so the tensor is sound and in the wrong place. "
     "No other check sees it: shapes, scales and histograms are those of a real weight, and the "
     "model answers fluently, and wrongly.",
@@ -146,13 +147,13 @@ def audit_foreign(context: RuleContext) -> Iterator[Problem]:
         return
     for name, foreign in context.audit.foreign.items():
         audit = context.audit.weights[name]
-        rows = audit.strange_rows
-        share = "" if rows in (0, audit.judged_rows) else f" ({rows:,} of {audit.rows:,} rows)"
+        some = foreign.rows is not None and foreign.rows < audit.rows
+        share = f" in {foreign.rows:,} of {audit.rows:,} rows" if some else ""
         yield Problem(
             f"{printable(name)} is not the base's tensor of that name{share}: "
             f"{printable(foreign.how, 400)}",
-            count=rows or audit.rows,
-            observed=foreign.holds,
+            count=foreign.rows or audit.rows,
+            observed=foreign.shown,
             expected=name,
             **at_part(context.checkpoint.weights[name], Part.CODES),
         )

@@ -88,7 +88,10 @@ def test_rows_of_gate_and_up_exchanged_are_named(clone: CheckpointEditor, run: R
     result = run(clone)
 
     assert named(result) == {GATE: f"{UP}.weight", UP: f"{GATE}.weight"}
-    assert all("of its 64 rows 32 are" in finding.message for finding in result.findings)
+    [gate, up] = result.findings
+    assert gate.count == up.count == 32
+    assert f"in 32 of 64 rows: rows 32 to 63 are those of {UP}.weight" in gate.message
+    assert f"in 32 of 64 rows: rows 32 to 63 are those of {GATE}.weight" in up.message
 
 
 def test_layers_in_one_anothers_place_are_named(clone: CheckpointEditor, run: Run) -> None:
@@ -141,7 +144,10 @@ def test_the_own_tensor_changed_is_named_by_the_change(
         raw[...] = change(np.array(raw))
     result = run(clone)
 
-    assert named(result) == {GATE: f"{GATE}.weight"}
+    [(name, holds)] = named(result).items()
+    assert name == GATE
+    assert f"{holds}".startswith(f"{GATE}.weight ")
+    assert how in f"{holds}"
     assert how in result.findings[0].message
 
 
@@ -159,12 +165,105 @@ def test_a_square_tensor_transposed_is_named(tmp_path: Path) -> None:
     )
     result = validate(open_checkpoint(tmp_path / "ours"), options)
 
-    assert named(result) == {GATE: f"{GATE}.weight"}
-    assert "transposed" in result.findings[0].message
+    assert named(result) == {GATE: f"{GATE}.weight transposed"}
+    assert result.findings[0].expected == f"{GATE}.weight"
 
 
 def test_what_is_no_tensor_of_the_base_is_said_so(clone: CheckpointEditor, run: Run) -> None:
     raw = clone.raw(f"{GATE}.weight")
     raw[...] = np.random.default_rng(0).integers(0, 256, raw.shape)
 
-    assert named(run(clone)) == {GATE: None}
+    assert named(run(clone)) == {GATE: "no tensor of the base"}
+
+
+Box = tuple[int, int, int, int]
+"""Rows from and to, columns from and to."""
+
+
+def copy_box(clone: CheckpointEditor, source: str, box: Box, target: str, at: Box) -> None:
+    """Put codes and scales of some rows and columns where others are."""
+    for part, size in (("weight", 2), ("weight_scale", 16)):
+        there = np.array(clone.raw(f"{source}.{part}"))
+        here = clone.raw(f"{target}.{part}")
+        here[at[0] : at[1], at[2] // size : at[3] // size] = there[
+            box[0] : box[1], box[2] // size : box[3] // size
+        ]
+
+
+def swap_boxes(clone: CheckpointEditor, name: str, one: Box, two: Box) -> None:
+    for part, size in (("weight", 2), ("weight_scale", 16)):
+        raw = clone.raw(f"{name}.{part}")
+        boxes = [
+            (slice(box[0], box[1]), slice(box[2] // size, box[3] // size)) for box in (one, two)
+        ]
+        kept = np.array(raw[boxes[0]])
+        raw[boxes[0]] = raw[boxes[1]]
+        raw[boxes[1]] = kept
+
+
+def only_message(result: ValidationResult) -> str:
+    [finding] = result.findings
+    assert finding.rule == "NV703"
+    return finding.message
+
+
+def test_one_foreign_row_is_named_with_the_row_it_is(clone: CheckpointEditor, run: Run) -> None:
+    copy_box(clone, GATE, (40, 41, 0, 256), GATE, (7, 8, 0, 256))
+    result = run(clone)
+
+    assert only_message(result).endswith("in 1 of 64 rows: row 7 is the base's row 40")
+    assert result.findings[0].count == 1
+
+
+def test_one_row_of_another_expert_is_named(clone: CheckpointEditor, run: Run) -> None:
+    other = f"{EXPERTS}.11.gate_proj"
+    copy_box(clone, other, (7, 8, 0, 256), GATE, (7, 8, 0, 256))
+    result = run(clone)
+
+    assert only_message(result).endswith(f"row 7 is that of {other}.weight")
+    assert result.findings[0].observed == f"{other}.weight"
+
+
+def test_one_row_that_is_nobodys_is_said_so(clone: CheckpointEditor, run: Run) -> None:
+    raw = clone.raw(f"{GATE}.weight")
+    raw[7] = np.random.default_rng(0).integers(0, 256, raw.shape[1])
+
+    assert only_message(run(clone)).endswith("row 7 is not the base's, and found nowhere")
+
+
+def test_heads_in_one_anothers_place_are_named_by_their_rows(
+    clone: CheckpointEditor, run: Run
+) -> None:
+    swap_boxes(clone, GATE, (8, 16, 0, 256), (24, 32, 0, 256))
+
+    assert only_message(run(clone)).endswith(
+        "in 16 of 64 rows: rows 8 to 15 are the base's rows 24 to 31; "
+        "rows 24 to 31 are the base's rows 8 to 15"
+    )
+
+
+def test_ranks_that_changed_places_along_the_columns_are_named(
+    clone: CheckpointEditor, run: Run
+) -> None:
+    swap_boxes(clone, GATE, (0, 64, 0, 64), (0, 64, 128, 192))
+    message = only_message(run(clone))
+
+    assert "columns 0 to 63 of all 64 rows are the base's columns 128 to 191" in message
+    assert "columns 128 to 191 of all 64 rows are the base's columns 0 to 63" in message
+
+
+def test_a_rank_of_another_tensor_is_named(clone: CheckpointEditor, run: Run) -> None:
+    other = f"{EXPERTS}.11.gate_proj"
+    copy_box(clone, other, (0, 64, 64, 128), GATE, (0, 64, 64, 128))
+
+    assert only_message(run(clone)).endswith(
+        f"columns 64 to 127 of all 64 rows are those of {other}.weight"
+    )
+
+
+def test_a_few_damaged_bytes_are_damage_and_nobody_elses_row(
+    clone: CheckpointEditor, run: Run
+) -> None:
+    clone.raw(f"{GATE}.weight")[7, 8:48] ^= 0xFF
+
+    assert {finding.rule for finding in run(clone).findings} == {"NV701"}
