@@ -5,28 +5,37 @@ largest of their row, p and q the probabilities.
 
 Contract:
     p         exp(a) / Z with Z = sum exp(a), in float64 whatever the stored type
-    kl        sum p (a - b) + log Zb - log Za in nats, which is sum p (log p - log q); terms with
-              p = 0 are 0, and one with p > 0 and q = 0 makes it infinite. Rounding is below
-              1e-14: no term is larger than the spread of the logits
+    kl        sum p (log p - log q) in nats; terms with p = 0 are 0, and one with p > 0 and a
+              candidate's logit of -inf makes it infinite
     jsd       (KL(p, m) + KL(q, m)) / 2 with m = (p + q) / 2, at most ln 2
+    rounding  `nvfp4check.agreement.rows` says how far these may be off: a divergence of 1e-20 is
+              still known to some digits
     top k     the k largest logits; of equal ones the lower index comes first
     delta p   q - p of the token that really follows; absent at the last position
-    NaN, +inf in either side: the position is contaminated, listed and left out of every mean
+    NaN, +inf in either side, or nothing above -inf: the position is contaminated, listed and left
+              out of every mean
 
-Positions are read in blocks and computed a few rows at a time, small enough to stay in the cache of
-a core, so memory does not grow with T.
+Positions are read in blocks, and a block's rows are shared out among threads, so memory does not
+grow with T.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
 import torch
 
-#: Elements of one side that are computed at one time: a few float64 copies stay in the cache.
-CHUNK_ELEMENTS = 1 << 17
+from nvfp4check.agreement import rows as columns
+from nvfp4check.agreement.rows import NUMBERS, compare_pairs, survey_rows
+
+#: Elements of one side that are brought into the form the compiled code takes at one time.
+CHUNK_ELEMENTS = 1 << 20
 
 #: Elements of one side that are read at one time.
 BLOCK_ELEMENTS = 1 << 23
+
+#: Tokens whose order is compared.
+RANKS = 10
 
 #: Gives the logits of positions first to stop, [stop - first, V].
 Rows = Callable[[int, int], torch.Tensor]
@@ -94,19 +103,94 @@ def compare_rows(
     """Compare logits that are read `block` positions at a time."""
     after = following(positions, tokens)
     block = block or max(1, BLOCK_ELEMENTS // max(1, vocabulary))
-    step = max(1, CHUNK_ELEMENTS // max(1, vocabulary))
-    chunks = []
-    for first in range(0, positions, block):
-        stop = min(first + block, positions)
-        left, right = reference(first, stop), candidate(first, stop)
-        for start in range(0, stop - first, step):
-            end = min(start + step, stop - first)
-            its_next = after[first + start : first + end]
-            chunks.append(_compare_chunk(left[start:end], right[start:end], its_next))
-    if not chunks:
-        empty = torch.empty(0, max(1, vocabulary))
-        chunks = [_compare_chunk(empty, empty, after)]
-    return concatenate(chunks)
+    numbers = torch.full((positions, NUMBERS), torch.nan, dtype=torch.float64)
+    best = torch.zeros(2, positions, min(RANKS, vocabulary), dtype=torch.int64)
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        for first in range(0, positions, block):
+            stop = min(first + block, positions)
+            left, right = reference(first, stop), candidate(first, stop)
+            work = [
+                pool.submit(
+                    _compare,
+                    left[part],
+                    right[part],
+                    after[first:stop][part],
+                    numbers[first:stop][part],
+                    best[:, first:stop][:, part],
+                )
+                for part in _shares(stop - first, threads)
+            ]
+            for done in work:
+                done.result()
+    return _metrics(numbers, best, after)
+
+
+def _shares(rows: int, threads: int) -> Iterator[slice]:
+    """Share rows out evenly."""
+    for share in range(threads):
+        first, stop = (rows * edge // threads for edge in (share, share + 1))
+        if stop > first:
+            yield slice(first, stop)
+
+
+def _compare(
+    reference: torch.Tensor,
+    candidate: torch.Tensor,
+    after: torch.Tensor,
+    numbers: torch.Tensor,
+    best: torch.Tensor,
+) -> None:
+    """Compare some rows, a few at a time, and write what is found."""
+    dtype = torch.promote_types(_wide(reference), _wide(candidate))
+    for part in _pieces(reference):
+        left, right = (side[part].to(dtype).contiguous() for side in (reference, candidate))
+        compare_pairs(
+            left.numpy(),
+            right.numpy(),
+            after[part].numpy(),
+            numbers[part].numpy(),
+            best[0, part].numpy(),
+            best[1, part].numpy(),
+        )
+
+
+def _wide(logits: torch.Tensor) -> torch.dtype:
+    """Return the type that logits are computed with: float32 holds every value of a smaller one."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _pieces(logits: torch.Tensor) -> Iterator[slice]:
+    """Cut rows into pieces."""
+    step = max(1, CHUNK_ELEMENTS // max(1, logits.shape[1]))
+    for first in range(0, len(logits), step):
+        yield slice(first, min(first + step, len(logits)))
+
+
+def _metrics(numbers: torch.Tensor, best: torch.Tensor, after: torch.Tensor) -> PositionMetrics:
+    """Return the metrics of what the compiled code wrote."""
+    left, right = best
+    broken = numbers[:, columns.KL].isnan()
+    nll_reference = numbers[:, columns.NLL_REFERENCE]
+    nll_candidate = numbers[:, columns.NLL_CANDIDATE]
+
+    def clean(values: torch.Tensor) -> torch.Tensor:
+        return torch.where(broken, torch.nan, values.double())
+
+    return PositionMetrics(
+        kl=numbers[:, columns.KL],
+        kl_reverse=numbers[:, columns.KL_REVERSE],
+        jsd=numbers[:, columns.JSD],
+        top1=clean(left[:, 0] == right[:, 0]),
+        top5_overlap=clean(overlap(left[:, :5], right[:, :5])),
+        top10_overlap=clean(overlap(left, right)),
+        confidence=numbers[:, columns.CONFIDENCE],
+        nll_reference=nll_reference,
+        nll_candidate=nll_candidate,
+        delta_p=(-nll_candidate).exp() - (-nll_reference).exp(),
+        top_token_reference=clean(left[:, 0]),
+        top_token_candidate=clean(right[:, 0]),
+    )
 
 
 def following(positions: int, tokens: torch.Tensor | None) -> torch.Tensor:
@@ -124,94 +208,6 @@ def concatenate(parts: list[PositionMetrics]) -> PositionMetrics:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Side:
-    """One side of a chunk."""
-
-    #: Logits less the largest of the row, float64 [T, V].
-    logits: torch.Tensor
-    #: exp of them.
-    weights: torch.Tensor
-    #: Sum of the weights and its logarithm, [T, 1].
-    total: torch.Tensor
-    log_total: torch.Tensor
-    #: The ten best tokens.
-    best: torch.Tensor
-    broken: torch.Tensor
-
-    @classmethod
-    def of(cls, rows: torch.Tensor) -> "_Side":
-        largest = rows.amax(-1, keepdim=True)  # NaN where the row holds one
-        broken = ~largest.isfinite().squeeze(-1)
-        logits = rows.double() - largest.double()
-        weights = logits.exp()
-        total = weights.sum(-1, keepdim=True)
-        return cls(logits, weights, total, total.log(), top_k(rows, 10), broken)
-
-    def log_probability(self, token: torch.Tensor) -> torch.Tensor:
-        """Return log p of one token a row, [T]."""
-        return (self.logits.gather(-1, token.unsqueeze(-1)) - self.log_total).squeeze(-1)
-
-
-def _compare_chunk(
-    reference: torch.Tensor, candidate: torch.Tensor, after: torch.Tensor
-) -> PositionMetrics:
-    left, right = _Side.of(reference), _Side.of(candidate)
-    broken = left.broken | right.broken
-    gap = left.logits - right.logits
-    shift = (right.log_total - left.log_total).squeeze(-1)
-    kl = _weighted(left, gap) + shift
-    kl_reverse = -_weighted(right, gap) - shift
-    same = (gap == 0).all(-1)  # the divergence from the mean would be its own rounding there
-    jsd = torch.where(same, 0.0, _jensen_shannon(left, right))
-    has_next = after >= 0
-    index = after.clamp(min=0)
-    next_p, next_q = left.log_probability(index), right.log_probability(index)
-
-    def clean(values: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-        valid = ~broken if keep is None else ~broken & keep
-        return torch.where(valid, values.double(), torch.nan)
-
-    return PositionMetrics(
-        kl=clean(kl.clamp(min=0.0)),
-        kl_reverse=clean(kl_reverse.clamp(min=0.0)),
-        jsd=clean(jsd),
-        top1=clean(left.best[:, 0] == right.best[:, 0]),
-        top5_overlap=clean(overlap(left.best[:, :5], right.best[:, :5])),
-        top10_overlap=clean(overlap(left.best, right.best)),
-        confidence=clean(1 / left.total.squeeze(-1)),
-        nll_reference=clean(-next_p, has_next),
-        nll_candidate=clean(-next_q, has_next),
-        delta_p=clean(next_q.exp() - next_p.exp(), has_next),
-        top_token_reference=clean(left.best[:, 0]),
-        top_token_candidate=clean(right.best[:, 0]),
-    )
-
-
-def _weighted(side: _Side, gap: torch.Tensor) -> torch.Tensor:
-    """Return the mean of the gap under a side's probabilities, [T]."""
-    mean = torch.einsum("tv,tv->t", side.weights, gap)
-    unclear = mean.isnan()
-    if unclear.any():  # 0 * inf: a token that has no probability has no term
-        terms = side.weights[unclear] * gap[unclear]
-        mean[unclear] = terms.masked_fill(side.weights[unclear] == 0, 0.0).sum(-1)
-    return mean / side.total.squeeze(-1)
-
-
-def _jensen_shannon(left: _Side, right: _Side) -> torch.Tensor:
-    """Return (KL(p, m) + KL(q, m)) / 2 as the entropy of m less the mean entropy of p and q."""
-    p, q = left.weights / left.total, right.weights / right.total
-    twice = p + q
-    # A token without probability on either side: 0 * log 0 is 0.
-    of_mixture = torch.einsum("tv,tv->t", twice, twice.clamp(min=torch.finfo(p.dtype).tiny).log())
-    entropies = _negative_entropy(left) + _negative_entropy(right)
-    return ((entropies - of_mixture) / 2 + LOG_2).clamp(0.0, LOG_2)
-
-
-def _negative_entropy(side: _Side) -> torch.Tensor:
-    return _weighted(side, side.logits) - side.log_total.squeeze(-1)
-
-
 def overlap(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
     """Return which share of the reference's tokens [T, k] is among the candidate's, [T]."""
     common = (reference.unsqueeze(-1) == candidate.unsqueeze(-2)).any(-1)
@@ -223,19 +219,18 @@ def top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
 
     torch.topk leaves the order of equal values open; bfloat16 logits have many.
     """
-    width = logits.shape[-1]
-    k = min(k, width)
-    # One more than asked for shows whether the last place is tied.
-    values, indices = logits.topk(min(k + 1, width), dim=-1)
-    tied = (values[:, k - 1] == values[:, k]).nonzero().squeeze(-1) if k < width else None
-    values, indices = values[:, :k], indices[:, :k]
-    order = indices.argsort(dim=-1, stable=True)
-    values, indices = values.gather(-1, order), indices.gather(-1, order)
-    order = values.argsort(dim=-1, descending=True, stable=True)
-    values, indices = values.gather(-1, order), indices.gather(-1, order)
-    for row in [] if tied is None else tied.tolist():
-        last = values[row, -1]
-        inside = indices[row][values[row] > last]
-        ties = (logits[row] == last).nonzero().squeeze(-1)[: k - len(inside)]
-        indices[row] = torch.cat((inside, ties))
-    return indices
+    return _survey(logits, k)[1]
+
+
+def log_totals(logits: torch.Tensor) -> torch.Tensor:
+    """Return log sum exp of each row, float64 [T]; NaN where log p would be."""
+    return _survey(logits, 1)[0]
+
+
+def _survey(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    best = torch.zeros(len(logits), min(k, logits.shape[1]), dtype=torch.int64)
+    totals = torch.empty(len(logits), dtype=torch.float64)
+    for part in _pieces(logits):
+        wide = logits[part].to(_wide(logits)).contiguous()
+        survey_rows(wide.numpy(), totals[part].numpy(), best[part].numpy())
+    return totals, best

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nvfp4check.agreement.logits import LOG_2, PositionMetrics, overlap
+from nvfp4check.agreement.logits import LOG_2, PositionMetrics, log_totals, overlap
 
 #: Unit roundoff of float32, in which log-probabilities are given.
 ROUNDOFF = 2.0**-24
@@ -61,14 +61,15 @@ def look_up(logits: torch.Tensor, best: torch.Tensor, wanted: torch.Tensor) -> T
 
     `wanted` may hold -1.
     """
-    log_p = logits.double().log_softmax(-1)
+    totals = log_totals(logits).unsqueeze(-1)
     known = wanted.clamp(min=0)
     again = (wanted.unsqueeze(-1) == best.unsqueeze(-2)).any(-1) | (wanted < 0)
     tokens = torch.cat((best, torch.where(again, -1, wanted)), dim=1)
-    others = torch.where(again, -torch.inf, log_p.gather(1, known))
+    others = torch.where(again, -torch.inf, logits.gather(1, known).double() - totals)
+    ranked = logits.gather(1, best).double() - totals
     return TopRows(
         tokens=tokens,
-        logprobs=torch.cat((log_p.gather(1, best), others), dim=1),
+        logprobs=torch.cat((ranked, others), dim=1),
         following=torch.full((len(best),), torch.nan, dtype=torch.float64),
         ranked=best.shape[1],
     )
