@@ -6,6 +6,10 @@
                                     <prompt id>/values, /tokens (int32) [T, N], /logsumexp [T]
     RUN/final_hidden.safetensors    <prompt id>: [T, hidden], after the final norm
     RUN/layers/NNN.safetensors      <prompt id>/<point>, one row a token
+    RUN/mtp/NNN/                    logits or final_hidden as above, of layer NNN of multi-token
+                                    prediction: rows 0 to T - 2 for the first, one fewer for each
+                                    further, row i predicts token i + 2; prompts without rows are
+                                    left out. Its points are in layers/NNN, with eh_proj
     RUN/bounds/NNN.safetensors      <prompt id>/<point>/<dtype>: float64 [T], how far a correct
                                     candidate of that dtype may lie from each token
 
@@ -43,6 +47,7 @@ LOGITS_FILE = "logits.safetensors"
 FINAL_HIDDEN_FILE = "final_hidden.safetensors"
 LAYERS_FOLDER = "layers"
 BOUNDS_FOLDER = "bounds"
+MTP_FOLDER = "mtp"
 
 #: Beside the bounds: codes that were counted as flipped, and whose experts cannot legally change.
 STRADDLES, SETTLED = "straddles", "settled"
@@ -77,6 +82,8 @@ class RunInfo:
     logits: str | None = None
     #: First layer computed, and the one after the last.
     layers: tuple[int, int] | None = None
+    #: How many layers of multi-token prediction follow them.
+    mtp: int = 0
     perturb: str | None = None
     seed: int | None = None
     #: The run whose experts were forced.
@@ -194,6 +201,14 @@ class Run:
         )
         return values, tokens, total
 
+    def mtp_logits(self, layer: int, prompt: str) -> "torch.Tensor":
+        """Return the logits of a layer of multi-token prediction, one row a token it predicts.
+
+        Raises:
+            CheckError: The run holds none for the prompt.
+        """
+        return self._tensor(mtp_folder(self.path, layer) / LOGITS_FILE, prompt)
+
     @property
     def has_final_hidden(self) -> bool:
         """Whether the run holds the state after the final norm."""
@@ -268,6 +283,11 @@ def opened(file: Path) -> Any:
 def layer_file(run: Path, layer: int) -> Path:
     """Return where a layer's points lie in a run."""
     return run / LAYERS_FOLDER / f"{layer:03d}.safetensors"
+
+
+def mtp_folder(run: Path, layer: int) -> Path:
+    """Return where the logits of a layer of multi-token prediction lie in a run."""
+    return run / MTP_FOLDER / f"{layer:03d}"
 
 
 def bounds_file(run: Path, layer: int) -> Path:

@@ -31,6 +31,7 @@ from nvfp4check.activations import (
     FINAL_HIDDEN_FILE,
     LAYERS_FOLDER,
     LOGITS_FILE,
+    MTP_FOLDER,
     RUN_FILE,
     TOKENS_FILE,
     Run,
@@ -293,6 +294,7 @@ def _fresh(golden: Run, checkpoint: str | Path, out: Path) -> Run:
         activations=Activations.ALL if golden.layers else Activations.NONE,
         logits=Logits.parse(info.logits or "full"),
         layers=LayerRange(0, info.layers[1] if info.layers else None),
+        mtp=info.mtp > 0,
         perturbation=Perturbation.parse(info.perturb) if info.perturb else None,
         seed=info.seed or 0,
     )
@@ -303,7 +305,8 @@ def _run_files(run: Path) -> list[Path]:
     """Return the files of a run, whatever else lies beside them."""
     top = (RUN_FILE, TOKENS_FILE, LOGITS_FILE, FINAL_HIDDEN_FILE)
     files = [run / name for name in top if (run / name).is_file()]
-    return files + sorted((run / LAYERS_FOLDER).glob("*.safetensors"))
+    files += sorted((run / LAYERS_FOLDER).glob("*.safetensors"))
+    return files + sorted((run / MTP_FOLDER).glob("*/*.safetensors"))
 
 
 def _recorded(old: Path | None, new: Path | None) -> str:

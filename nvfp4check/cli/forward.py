@@ -109,6 +109,9 @@ def forward(
     layers: Annotated[
         str, typer.Option(metavar="A:B", help="Layers A to B-1 only; continue with --resume.")
     ] = "0:",
+    mtp: Annotated[
+        bool, typer.Option("--mtp", help="Compute the layers of multi-token prediction too.")
+    ] = False,
     logits: Annotated[
         str, typer.Option(metavar="KEEP", help="full, topk:N, or hidden (the state before them).")
     ] = "full",
@@ -161,6 +164,7 @@ def forward(
         activations=Activations(activations.value),
         logits=Logits.parse(logits),
         layers=LayerRange.parse(layers),
+        mtp=mtp,
         perturbation=Perturbation.parse(perturb) if perturb else None,
         seed=seed,
         routing=routing,
@@ -193,8 +197,7 @@ def _run(
 
         def report(step: Step) -> None:
             if bar is not None:
-                what = f"Layer {step.layer}/{step.stop}" if step.layer < step.stop else "Head"
-                bar(step.bytes_read, step.bytes_expected, what)
+                bar(step.bytes_read, step.bytes_expected, step.what)
 
         return run_forward(checkpoint, prompts, out, options, report)
 
@@ -211,6 +214,7 @@ def forward_document(result: "ForwardResult") -> dict[str, Any]:
         "kv_cache": info.kv_cache,
         "dtype": info.dtype,
         "layers": info.layers,
+        "mtp": info.mtp,
         "layers_computed": result.layers,
         "bytes_read": result.meter.bytes_read,
         "seconds": round(result.seconds, 3),

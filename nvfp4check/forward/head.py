@@ -60,7 +60,12 @@ class Head:
 
 
 def write_logits(
-    run: Path, lengths: Mapping[str, int], hidden: torch.Tensor, head: Head, kept: Logits, size: int
+    folder: Path,
+    lengths: Mapping[str, int],
+    hidden: torch.Tensor,
+    head: Head,
+    kept: Logits,
+    size: int,
 ) -> None:
     """Write what is kept of the logits of packed prompts; `hidden` [T, D] is after the norm.
 
@@ -68,12 +73,12 @@ def write_logits(
     """
     if kept.kind == "hidden":
         states = torch.split(hidden, list(lengths.values()))
-        write_tensors(run / FINAL_HIDDEN_FILE, dict(zip(lengths, states, strict=True)))
+        write_tensors(folder / FINAL_HIDDEN_FILE, dict(zip(lengths, states, strict=True)))
     elif kept.kind == "topk":
-        write_tensors(run / LOGITS_FILE, _best(lengths, hidden, head, min(kept.top, size)))
+        write_tensors(folder / LOGITS_FILE, _best(lengths, hidden, head, min(kept.top, size)))
     else:
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        with _LogitsFile(run / LOGITS_FILE, lengths, size, wide) as file:
+        with _LogitsFile(folder / LOGITS_FILE, lengths, size, wide) as file:
             for start, logits in head.logits(hidden):
                 file.write(start, logits)
 

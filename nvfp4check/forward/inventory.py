@@ -4,6 +4,9 @@ Everything is read from headers, before the first layer: a run of hours does not
 that was missing from the start.
 """
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 import torch
 
 from nvfp4check.checkpoint.header import TensorEntry
@@ -13,13 +16,32 @@ from nvfp4check.findings import CheckError
 from nvfp4ref.deepseek_v3.config import DeepseekV3Config
 from nvfp4ref.deepseek_v3.linear import Linear, PlainLinear
 from nvfp4ref.deepseek_v3.moe import Experts
-from nvfp4ref.deepseek_v3.weights import layer_weights
+from nvfp4ref.deepseek_v3.weights import layer_weights, mtp_layer_weights
 from nvfp4ref.formats import BLOCK_SIZE
 from nvfp4ref.fp8_block import scale_shape
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
+
+
+class Ends(NamedTuple):
+    """Names of the weights between tokens and states: the model's, or an MTP layer's own."""
+
+    embedding: str = EMBEDDING
+    norm: str = FINAL_NORM
+    head: str = HEAD
+
+    @classmethod
+    def of_mtp(cls, layer: int) -> "Ends":
+        """Return those of an MTP layer."""
+        prefix = f"model.layers.{layer}"
+        return cls(
+            f"{prefix}.embed_tokens.weight",
+            f"{prefix}.shared_head.norm.weight",
+            f"{prefix}.shared_head.head.weight",
+        )
+
 
 #: The linears of an expert, in the order of their use.
 EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -30,13 +52,19 @@ QUANTIZED_FORMATS = (WeightFormat.NVFP4, WeightFormat.FP8_BLOCK)
 
 
 class Inventory:
-    """The weights of one layer by name, learnt by asking the reference for them."""
+    """The weights of one layer by name, learnt by asking the reference for them.
+
+    Those at the ends of an MTP layer are not among them.
+    """
 
     def __init__(self, layer: int, config: DeepseekV3Config) -> None:
         #: Weights outside the experts, in the order of their use.
         self.names: list[str] = []
         self.expert_prefix: str | None = None
-        layer_weights(self, layer, config)
+        if layer < config.num_hidden_layers:
+            layer_weights(self, layer, config)
+        else:
+            mtp_layer_weights(self, layer, config)
 
     def tensor(self, name: str) -> torch.Tensor:
         """Note a tensor."""
@@ -63,11 +91,16 @@ class Inventory:
         ]
 
 
-def needed(config: DeepseekV3Config, layers: range) -> list[str]:
-    """Return the names of all weights that these layers and both ends of the model need."""
-    names = [EMBEDDING, FINAL_NORM, HEAD]
+def needed(config: DeepseekV3Config, layers: Iterable[int]) -> list[str]:
+    """Return the names of all weights that these layers and both ends of the model need.
+
+    Layers from num_hidden_layers on are those of multi-token prediction.
+    """
+    names = list(Ends())
     for layer in layers:
         names += Inventory(layer, config).all_names(config.n_routed_experts)
+        if layer >= config.num_hidden_layers:
+            names += Ends.of_mtp(layer)
     return names
 
 
@@ -102,7 +135,9 @@ def check_weights(checkpoint: Checkpoint, config: DeepseekV3Config, layers: rang
 
 
 def _check_weight(weight: LogicalWeight, shape: tuple[int, ...]) -> None:
-    is_linear = len(shape) == 2 and not weight.name.endswith((EMBEDDING, ".mlp.gate.weight"))
+    is_linear = len(shape) == 2 and not weight.name.endswith(
+        (".embed_tokens.weight", ".mlp.gate.weight")
+    )
     formats = LINEAR_FORMATS if is_linear else PLAIN_FORMATS
     if weight.format not in formats:
         raise CheckError(
@@ -150,6 +185,8 @@ def _shape(name: str, config: DeepseekV3Config) -> tuple[int, ...]:
     shapes: dict[str, tuple[int, ...]] = {
         "embed_tokens": (config.vocab_size, width),
         "lm_head": (config.vocab_size, width),
+        "head": (config.vocab_size, width),
+        "eh_proj": (width, 2 * width),
         "q_proj": (heads * config.qk_head_dim, width),
         "q_a_proj": (config.q_lora_rank or 0, width),
         "q_a_layernorm": (config.q_lora_rank or 0,),

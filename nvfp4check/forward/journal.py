@@ -38,8 +38,8 @@ class Journal:
         self.info = info
 
     @classmethod
-    def begin(cls, run: Path, info: RunInfo, *, resume: bool) -> "Journal":
-        """Start a run, or continue the one that is there.
+    def begin(cls, run: Path, info: RunInfo, *, end: int, resume: bool) -> "Journal":
+        """Start a run, or continue the one that is there; `end` is the layer after its last.
 
         Raises:
             CheckError: The directory holds something else, or a run that was made differently.
@@ -67,8 +67,8 @@ class Journal:
         stop = info.layers[1] if info.layers else 0
         info = replace(info, checkpoint=found.checkpoint, layers=(begun, stop), complete=False)
         journal = cls(run, info)
-        if not found.complete or found.layers != info.layers:
-            _check_reach(run, journal.done, first, stop)
+        done = begun_to(found) if found.complete else journal.done
+        _check_reach(run, done, first, stop if found.complete else end)
         if found.complete and found.layers == info.layers:
             journal.info = found
         else:
@@ -109,6 +109,11 @@ class Journal:
 
     def _state(self, layer: int) -> Path:
         return self.run / STATE_FOLDER / f"{layer:03d}.safetensors"
+
+
+def begun_to(info: RunInfo) -> int:
+    """Return how many layers a complete run has, multi-token prediction aside."""
+    return info.layers[1] if info.layers else 0
 
 
 def _check_reach(run: Path, done: int, first: int, stop: int) -> None:

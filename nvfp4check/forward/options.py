@@ -145,6 +145,8 @@ class ForwardOptions:
     activations: Activations = Activations.NONE
     logits: Logits = Logits()
     layers: LayerRange = LayerRange()
+    #: Compute the layers of multi-token prediction as well.
+    mtp: bool = False
     perturbation: Perturbation | None = None
     seed: int = 0
     #: A run whose expert choices are forced.

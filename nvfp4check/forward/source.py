@@ -17,7 +17,8 @@ from nvfp4ref.deepseek_v3.config import DeepseekV3Config
 from nvfp4ref.deepseek_v3.linear import Linear
 from nvfp4ref.deepseek_v3.model import DecoderLayerWeights
 from nvfp4ref.deepseek_v3.moe import ExpertOutputs, Experts, MlpWeights, MoeWeights
-from nvfp4ref.deepseek_v3.weights import layer_weights, mlp_weights
+from nvfp4ref.deepseek_v3.mtp import MtpLayerWeights
+from nvfp4ref.deepseek_v3.weights import layer_weights, mlp_weights, mtp_layer_weights
 
 #: How the experts of a prefix are computed elsewhere, and what is called when that begins.
 Spread = Callable[[str, Callable[[], None]], ExpertOutputs]
@@ -52,9 +53,21 @@ class StreamedSource:
 
     def layer(self, layer: int, following: int | None) -> DecoderLayerWeights:
         """Return a layer's weights, and read on into the following one while it is computed."""
+        self._begin(layer, following)
+        return self._ready(layer, layer_weights(self, layer, self._config))
+
+    def mtp_layer(self, layer: int, following: int | None) -> MtpLayerWeights:
+        """Return the weights of a layer of multi-token prediction, in the same way."""
+        self._begin(layer, following)
+        weights = mtp_layer_weights(self, layer, self._config)
+        return replace(weights, block=self._ready(layer, weights.block))
+
+    def _begin(self, layer: int, following: int | None) -> None:
         self._announce(layer)
         self._then = (lambda: None) if following is None else (lambda: self._announce(following))
-        weights = layer_weights(self, layer, self._config)
+
+    def _ready(self, layer: int, weights: DecoderLayerWeights) -> DecoderLayerWeights:
+        """Return the weights with their experts computed where they are to be."""
         prefix = Inventory(layer, self._config).expert_prefix
         if prefix is None:
             self._then()

@@ -4,7 +4,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +12,15 @@ import torch
 
 import nvfp4check
 from nvfp4check.activations import (
-    HIDDEN,
-    ROUTER_POINTS,
     TOKENS_FILE,
     PromptInfo,
     Run,
     RunInfo,
+    mtp_folder,
     write_tensors,
 )
 from nvfp4check.checkpoint.opening import Checkpoint, open_checkpoint
 from nvfp4check.findings import CheckError
-from nvfp4check.forward.bounds.layer import LayerBounds
 from nvfp4check.forward.bounds.recording import roundings_of, write_bounds
 from nvfp4check.forward.budget import Budget, plan
 from nvfp4check.forward.head import Head, embed, write_logits
@@ -30,14 +28,16 @@ from nvfp4check.forward.inventory import (
     EMBEDDING,
     FINAL_NORM,
     HEAD,
+    Ends,
     check_weights,
     needed,
 )
 from nvfp4check.forward.journal import Journal
+from nvfp4check.forward.layers import Layers
 from nvfp4check.forward.linears import LinearSettings
 from nvfp4check.forward.meter import Meter
-from nvfp4check.forward.noise import perturbed
-from nvfp4check.forward.options import Activations, ForwardOptions
+from nvfp4check.forward.options import ForwardOptions
+from nvfp4check.forward.predicting import predictors_of, rows_at, shortened
 from nvfp4check.forward.reach import Reach, Step
 from nvfp4check.forward.reading import ReadAhead
 from nvfp4check.forward.setup import (
@@ -53,9 +53,7 @@ from nvfp4check.forward.setup import (
 from nvfp4check.forward.source import StreamedSource
 from nvfp4check.forward.spread import SpreadExperts
 from nvfp4check.tokens import Prompt, tokenize
-from nvfp4ref.deepseek_v3.cache import CacheFormat
 from nvfp4ref.deepseek_v3.linear import LinearMode
-from nvfp4ref.deepseek_v3.model import decoder_layer, empty_caches
 from nvfp4ref.deepseek_v3.norm import rms_norm
 
 
@@ -93,7 +91,7 @@ def run_forward(
     start = time.perf_counter()
     try:
         with options.engine.kept() if options.engine is not None else nullcontext():
-            journal = Journal.begin(out, pass_.info, resume=options.resume)
+            journal = Journal.begin(out, pass_.info, end=pass_.end, resume=options.resume)
             layers = 0 if journal.complete else pass_.compute(journal, progress)
     except OSError as error:
         raise CheckError(
@@ -108,22 +106,16 @@ def run_forward(
     )
 
 
-@dataclass
-class _Points:
-    """Collects the recorded points of one layer, split by prompt."""
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """What is open while a run is computed."""
 
-    lengths: Mapping[str, int]
-    kept: Activations
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def record(self, point: str, value: torch.Tensor) -> None:
-        wanted = self.kept is Activations.ALL or (
-            self.kept is Activations.HIDDEN and point in (HIDDEN, *ROUTER_POINTS)
-        )
-        if wanted:
-            parts = torch.split(value, list(self.lengths.values()))
-            for prompt, part in zip(self.lengths, parts, strict=True):
-                self.tensors[f"{prompt}/{point}"] = part
+    journal: Journal
+    reach: Reach
+    reader: ReadAhead
+    source: StreamedSource
+    settings: LinearSettings
+    layers: Layers
 
 
 class _Pass:
@@ -143,12 +135,18 @@ class _Pass:
                 "--device cpu, or --engine local"
             )
         self.dtype = options.arithmetic.dtype
-        check_weights(checkpoint, self.config, range(self.stop))
-        self.mode = mode_of(checkpoint, self.config, options.mode)
-        self.cache_format = cache_format_of(checkpoint, options.kv_cache)
         self.prompts = tokenize(prompts, checkpoint.storage, self.config.vocab_size)
         self.tokens = {p.id: torch.tensor(p.tokens, dtype=torch.int64) for p in self.prompts}
         self.lengths = {prompt: len(tokens) for prompt, tokens in self.tokens.items()}
+        self.whole_model = self.stop == self.config.num_hidden_layers
+        self.predictors = range(0)
+        if options.mtp:
+            predictors = predictors_of(self.config, options, max(self.lengths.values()))
+            self.predictors = predictors if self.whole_model else range(0)
+        self.end = self.stop + len(self.predictors)
+        check_weights(checkpoint, self.config, range(self.end))
+        self.mode = mode_of(checkpoint, self.config, options.mode)
+        self.cache_format = cache_format_of(checkpoint, options.kv_cache)
         self.forced = forced_run(options.routing, self.tokens)
         self.inputs = given_inputs(options.inputs, self.tokens)
         refuse_bounds(options)
@@ -157,7 +155,9 @@ class _Pass:
         self.meter = Meter()
 
     def _plan(self) -> Budget:
-        names = set(needed(self.config, range(self.stop))) - {EMBEDDING, HEAD}
+        names = set(needed(self.config, range(self.end)))
+        for ends in (Ends(), *map(Ends.of_mtp, self.predictors)):
+            names -= {ends.embedding, ends.head}  # of these, some rows at a time
         widest = self.dtype == torch.float64 or self.mode is LinearMode.STORED
         return plan(
             self.options.max_memory,
@@ -189,6 +189,7 @@ class _Pass:
             activations=str(options.activations),
             logits=str(options.logits),
             layers=(self.first, self.stop),
+            mtp=self.config.num_nextn_predict_layers if options.mtp else 0,
             perturb=str(options.perturbation) if options.perturbation else None,
             seed=options.seed if options.perturbation else None,
             routing=str(options.routing) if options.routing else None,
@@ -213,7 +214,8 @@ class _Pass:
         )
         write_tensors(journal.run / TOKENS_FILE, self.tokens)
         begin = journal.done
-        reach = Reach(self.checkpoint, self.config, begin, self.stop, sum(self.lengths.values()))
+        layers, tokens = range(begin, self.stop), sum(self.lengths.values())
+        reach = Reach(self.checkpoint, self.config, layers, self.predictors, tokens)
 
         def taken() -> None:
             progress(reach.step(self.meter.bytes_read))
@@ -227,122 +229,90 @@ class _Pass:
             source = StreamedSource(
                 self.checkpoint, self.config, reader, settings, self.meter, spread
             )
-            hidden = self._embedded() if begin == 0 else journal.load_state(self.device)
-            for layer in range(begin, self.stop):
-                reach.layer = layer
-                hidden, points, bounds = self._layer(hidden, layer, source)
-                if bounds is not None:
-                    names = self.options.bounds
-                    write_bounds(journal.run, layer, bounds, names, self.lengths)
-                journal.layer_done(layer, points, hidden)
-            reach.layer = self.stop
-            whole_model = self.stop == self.config.num_hidden_layers
-            if whole_model:
-                norm = source.tensor(FINAL_NORM)
-                normed = rms_norm(hidden, norm, self.config.rms_norm_eps)
-                head = Head(source.weight(HEAD), reader, settings, self.meter)
-                write_logits(
-                    journal.run,
-                    self.lengths,
-                    normed,
-                    head,
-                    self.options.logits,
-                    self.config.vocab_size,
-                )
-        journal.finish(whole_model=whole_model)
-        return self.stop - begin
+            run = _Opened(journal, reach, reader, source, settings, self._layers(source))
+            hidden = self._trunk(begin, run)
+            if self.whole_model:
+                self._ends(hidden, begin, run)
+        journal.finish(whole_model=self.whole_model)
+        return self.end - begin
 
-    def _embedded(self) -> torch.Tensor:
-        tokens = torch.cat(list(self.tokens.values()))
-        embedded = embed(self.checkpoint, self.checkpoint.weights[EMBEDDING], tokens)
+    def _layers(self, source: StreamedSource) -> Layers:
+        return Layers(
+            config=self.config,
+            options=self.options,
+            cache_format=self.cache_format,
+            device=self.device,
+            source=source,
+            forced=self.forced,
+            inputs=self.inputs,
+            roundings=self.roundings,
+        )
+
+    def _trunk(self, begin: int, run: "_Opened") -> torch.Tensor:
+        """Compute the layers left; return the state after the last."""
+        if begin:
+            hidden = run.journal.load_state(self.device)
+        else:
+            hidden = self._embedded(EMBEDDING, self.tokens)
+        for layer in range(begin, self.stop):
+            run.reach.at_layer(layer)
+            following = layer + 1 if layer + 1 < self.stop else None
+            done = run.layers.decoder(hidden, layer, following, self.lengths)
+            if done.bounds is not None:
+                names = self.options.bounds
+                write_bounds(run.journal.run, layer, done.bounds, names, self.lengths)
+            run.journal.layer_done(layer, done.points, done.hidden)
+            hidden = done.hidden
+        return hidden
+
+    def _ends(self, hidden: torch.Tensor, begin: int, run: "_Opened") -> None:
+        """Write the logits of the state after the trunk, then what MTP layers make of it.
+
+        Where these have begun before, the state is that of the last of them, after its norm.
+        """
+        if begin <= self.stop:
+            run.reach.at_head()
+            hidden = self._normed(hidden, FINAL_NORM, run)
+            self._write_logits(run.journal.run, self.lengths, hidden, HEAD, run)
+        for layer in self.predictors:
+            if layer >= begin:
+                run.reach.at_layer(layer)
+                hidden = self._predicted(hidden, layer, run)
+
+    def _predicted(self, hidden: torch.Tensor, layer: int, run: "_Opened") -> torch.Tensor:
+        """Compute an MTP layer and write its logits; return the state after it, normed.
+
+        `hidden` is the normed state before it, with one row more of each prompt.
+        """
+        depth = layer - self.stop
+        lengths, ends = rows_at(depth, self.lengths), Ends.of_mtp(layer)
+        tokens = {prompt: self.tokens[prompt][depth + 1 :] for prompt in lengths}
+        before = shortened(hidden, rows_at(depth - 1, self.lengths), lengths)
+        following = layer + 1 if layer + 1 in self.predictors else None
+        done = run.layers.predictor(
+            before, self._embedded(ends.embedding, tokens), layer, following, lengths
+        )
+        hidden = self._normed(done.hidden, ends.norm, run)
+        folder = mtp_folder(run.journal.run, layer)
+        self._write_logits(folder, lengths, hidden, ends.head, run)
+        run.journal.layer_done(layer, done.points, hidden)
+        return hidden
+
+    def _normed(self, hidden: torch.Tensor, name: str, run: "_Opened") -> torch.Tensor:
+        return rms_norm(hidden, run.source.tensor(name), self.config.rms_norm_eps)
+
+    def _write_logits(
+        self,
+        folder: Path,
+        lengths: Mapping[str, int],
+        hidden: torch.Tensor,
+        name: str,
+        run: "_Opened",
+    ) -> None:
+        head = Head(run.source.weight(name), run.reader, run.settings, self.meter)
+        write_logits(folder, lengths, hidden, head, self.options.logits, self.config.vocab_size)
+
+    def _embedded(self, name: str, tokens: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        packed = torch.cat(list(tokens.values()))
+        embedded = embed(self.checkpoint, self.checkpoint.weights[name], packed)
         return embedded.to(self.device, self.dtype)
-
-    def _layer(
-        self, hidden: torch.Tensor, layer: int, source: StreamedSource
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], LayerBounds | None]:
-        """Return the state after a layer, what was recorded of it, and its bounds if asked for."""
-        if self.inputs is not None and layer:
-            given = [self.inputs.rows(layer, prompt) for prompt in self.lengths]
-            hidden = torch.cat(given).to(self.device, self.dtype)
-        points = _Points(self.lengths, self.options.activations)
-        following = layer + 1 if layer + 1 < self.stop else None
-        scale = source.cache_scale(layer) if self.cache_format is CacheFormat.FP8 else None
-        caches = empty_caches(
-            len(self.prompts),
-            self.config,
-            self.dtype,
-            self.cache_format,
-            1.0 if scale is None else scale,
-            self.device,
-        )
-        lengths = list(self.lengths.values())
-        weights = source.layer(layer, following)
-        bounds = None
-        if self.roundings is not None:
-            bounds = LayerBounds(hidden, lengths, weights, self.config, self.roundings, scale)
-            weights = bounds.weights
-
-        def record(point: str, value: torch.Tensor) -> None:
-            points.record(point, value)
-            if bounds is not None:
-                bounds.record(point, value)
-
-        hidden, _ = decoder_layer(
-            hidden,
-            caches,
-            lengths,
-            weights,
-            self.config,
-            forced_experts=self._forced_experts(layer),
-            record=record,
-        )
-        if self.options.perturbation is not None:
-            hidden = self._perturbed(hidden, layer)
-            points.record(HIDDEN, hidden)
-        self._check_finite(hidden, layer)
-        return hidden, points.tensors, bounds
-
-    def _perturbed(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
-        perturbation, seed = self.options.perturbation, self.options.seed
-        if perturbation is None:
-            return hidden
-        parts = torch.split(hidden, list(self.lengths.values()))
-        return torch.cat(
-            [
-                perturbed(part, perturbation, seed, layer, prompt)
-                for prompt, part in zip(self.lengths, parts, strict=True)
-            ]
-        )
-
-    def _forced_experts(self, layer: int) -> torch.Tensor | None:
-        if self.forced is None or not self.config.is_moe(layer):
-            return None
-        experts = torch.cat(
-            [self.forced.point(layer, prompt, "router_experts") for prompt in self.lengths]
-        )
-        expected = (sum(self.lengths.values()), self.config.num_experts_per_tok)
-        if tuple(experts.shape) != expected or not (
-            int(experts.min()) >= 0 and int(experts.max()) < self.config.n_routed_experts
-        ):
-            raise CheckError(
-                f"{self.forced.layer_file(layer)}: router_experts {list(experts.shape)} up to "
-                f"{int(experts.max())}, expected {list(expected)} below "
-                f"{self.config.n_routed_experts}"
-            )
-        return experts.to(self.device)
-
-    def _check_finite(self, hidden: torch.Tensor, layer: int) -> None:
-        bad = ~hidden.isfinite().all(dim=-1)
-        if not bad.any():
-            return
-        parts = torch.split(bad, list(self.lengths.values()))
-        prompt, token = next(
-            (prompt, int(part.nonzero()[0]))
-            for prompt, part in zip(self.lengths, parts, strict=True)
-            if part.any()
-        )
-        raise CheckError(
-            f"layer {layer}: the state of {int(bad.sum())} of {len(bad)} tokens is not finite "
-            f"after it, first prompt {prompt!r}, token {token}; `nvfp4check validate` looks for "
-            "the weight"
-        )

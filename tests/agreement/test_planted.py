@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from nvfp4check.activations import Run
 from nvfp4check.agreement.agree import AgreeOptions, AgreeResult, agree
 from nvfp4check.agreement.statistics import Decision
-from nvfp4check.forward import streaming
+from nvfp4check.forward import layers as forward_layers
 from nvfp4check.forward.options import Activations, ForwardOptions, KvCache, Perturbation
 from nvfp4check.forward.streaming import run_forward
 from nvfp4check.tokens import Prompt
@@ -121,7 +121,7 @@ def planted(fault: str) -> Any:
         with around:
             return decoder_layer(x, caches, lengths, weights, *args, **more)
 
-    with patch.object(streaming, "decoder_layer", wrong_layer):
+    with patch.object(forward_layers, "decoder_layer", wrong_layer):
         yield
 
 

@@ -210,6 +210,8 @@ class DeepseekV3Config:
 
     def is_moe(self, layer: int) -> bool:
         """Whether this layer has experts; the MTP layers all have."""
+        if layer >= self.num_hidden_layers:
+            return True
         return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
 
 

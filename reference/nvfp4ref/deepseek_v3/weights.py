@@ -27,7 +27,7 @@ from nvfp4ref.deepseek_v3.linear import (
 )
 from nvfp4ref.deepseek_v3.model import DecoderLayerWeights, ModelWeights
 from nvfp4ref.deepseek_v3.moe import Experts, GateWeights, MlpWeights, MoeWeights
-from nvfp4ref.deepseek_v3.mtp import MtpWeights, SharedHeadWeights
+from nvfp4ref.deepseek_v3.mtp import MtpLayerWeights, MtpWeights
 
 
 class WeightSource(Protocol):
@@ -61,14 +61,13 @@ def layer_weights(
 ) -> DecoderLayerWeights:
     """Return one decoder layer."""
     prefix = f"model.layers.{layer}"
-    dense = layer < config.num_hidden_layers and not config.is_moe(layer)
     return DecoderLayerWeights(
         input_layernorm=source.tensor(f"{prefix}.input_layernorm.weight"),
         self_attn=attention_weights(source, f"{prefix}.self_attn", config),
         post_attention_layernorm=source.tensor(f"{prefix}.post_attention_layernorm.weight"),
-        mlp=mlp_weights(source, f"{prefix}.mlp")
-        if dense
-        else moe_weights(source, f"{prefix}.mlp", config),
+        mlp=moe_weights(source, f"{prefix}.mlp", config)
+        if config.is_moe(layer)
+        else mlp_weights(source, f"{prefix}.mlp"),
     )
 
 
@@ -117,14 +116,22 @@ def mtp_weights(source: WeightSource, layer: int, config: DeepseekV3Config) -> M
     prefix = f"model.layers.{layer}"
     return MtpWeights(
         embed_tokens=source.tensor(f"{prefix}.embed_tokens.weight"),
+        layer=mtp_layer_weights(source, layer, config),
+        norm=source.tensor(f"{prefix}.shared_head.norm.weight"),
+        head=source.linear(f"{prefix}.shared_head.head"),
+    )
+
+
+def mtp_layer_weights(
+    source: WeightSource, layer: int, config: DeepseekV3Config
+) -> MtpLayerWeights:
+    """Return an MTP layer without its embedding and its head."""
+    prefix = f"model.layers.{layer}"
+    return MtpLayerWeights(
         enorm=source.tensor(f"{prefix}.enorm.weight"),
         hnorm=source.tensor(f"{prefix}.hnorm.weight"),
         eh_proj=source.linear(f"{prefix}.eh_proj"),
         block=layer_weights(source, layer, config),
-        shared_head=SharedHeadWeights(
-            norm=source.tensor(f"{prefix}.shared_head.norm.weight"),
-            head=source.linear(f"{prefix}.shared_head.head"),
-        ),
     )
 
 
