@@ -69,7 +69,9 @@ def command(
         def end(*args: P.args, **kwargs: P.kwargs) -> NoReturn:
             raise Ending(int(function(*args, **kwargs)))
 
-        app.command(name, epilog=_epilog(examples))(end)
+        # In the list of a group it is the first sentence, whole: the library would cut it short.
+        summary = " ".join((function.__doc__ or "").partition("\n\n")[0].split())
+        app.command(name, short_help=summary, epilog=_epilog(examples))(end)
         group = app.registered_callback
         if group is not None:
             group.epilog = "\n".join((group.epilog or _epilog(()), _line(examples[0])))

@@ -42,7 +42,7 @@ class FaultKind(StrEnum):
 def list_faults(
     ids: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[ID]...", help="Faults, or the beginning of their ids."),
+        typer.Argument(metavar="ID", help="Faults, or the beginning of their ids."),
     ] = None,
     kind: Annotated[
         FaultKind, typer.Option(help="Faults of stored checkpoints, of kernels, or both.")

@@ -34,7 +34,7 @@ def inspect(
     tensor: Annotated[
         str | None,
         typer.Argument(
-            metavar="[TENSOR]",
+            metavar="TENSOR",
             help="One weight in detail: by its name, its module's, or a stored tensor's.",
             show_default=False,
         ),

@@ -1,6 +1,8 @@
 """The entry point: find the command, run it, and turn whatever happens into an exit code."""
 
+import errno
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -13,11 +15,22 @@ import typer.main
 import nvfp4check
 from nvfp4check.cli.command import Ending
 from nvfp4check.cli.exit_codes import ExitCode
+from nvfp4check.cli.interrupts import interruptible
+from nvfp4check.cli.options import write
 from nvfp4check.cli.table import COMMANDS, Entry
 from nvfp4check.findings import CheckError
 from nvfp4check.report.visible import visible
 
 PROGRAM = "nvfp4check"
+
+#: What the machine refuses, whatever the program does. A file that is not there is none of these:
+#: whoever opens it says so better.
+_REFUSALS = frozenset(
+    (
+        errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC,
+        errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE,
+    )
+)  # fmt: skip
 
 
 class LazyCommand(typer.core.TyperCommand):
@@ -76,7 +89,7 @@ def make_root() -> typer.core.TyperGroup:
 
 def _show_version(asked: bool) -> None:
     if asked:
-        print(f"{PROGRAM} {nvfp4check.__version__}")
+        write(f"{PROGRAM} {nvfp4check.__version__}\n", None)
         raise typer.Exit(ExitCode.HOLDS)
 
 
@@ -88,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     of "could not be checked", because "checked, and it does not hold" would be a lie.
     """
     try:
-        make_root().main(args=None if argv is None else list(argv), prog_name=PROGRAM)
+        with interruptible():
+            make_root().main(args=None if argv is None else list(argv), prog_name=PROGRAM)
     except Ending as ending:
         return ending.code
     except SystemExit as ending:  # help, version, completion, bad usage, Ctrl-C
@@ -97,19 +111,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ending.code == ExitCode.INTERRUPTED:
             return _interrupted()
     except CheckError as error:
-        # Line by line: a message may have several, and a name in it may come from a checkpoint.
-        message = "\n".join(visible(line) for line in str(error).split("\n"))
-        print(f"nvfp4check: error: {message}", file=sys.stderr)
+        _complain(str(error))
     except KeyboardInterrupt:
         return _interrupted()
-    except Exception:  # the boundary of the program: see above
-        traceback.print_exc()
-        print(
-            "nvfp4check: internal error: this is a bug in nvfp4check and says nothing about the "
-            "input. Please report it with the lines above and the command line.",
-            file=sys.stderr,
-        )
+    except Exception as error:  # the boundary of the program: see above
+        if isinstance(error, OSError) and error.errno in _REFUSALS:
+            where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+            _complain(f"{where}{error.strerror}")
+        else:
+            traceback.print_exc()
+            print(
+                "nvfp4check: internal error: this is a bug in nvfp4check and says nothing about "
+                "the input. Please report it with the lines above and the command line.",
+                file=sys.stderr,
+            )
     return ExitCode.COULD_NOT_CHECK
+
+
+def _complain(message: str) -> None:
+    # Line by line: a message may have several, and a name in it may come from a checkpoint.
+    lines = "\n".join(visible(line) for line in message.split("\n"))
+    print(f"nvfp4check: error: {lines}", file=sys.stderr)
 
 
 def _interrupted() -> int:

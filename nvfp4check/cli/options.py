@@ -1,5 +1,6 @@
 """Arguments and options that several commands share, and the file or stream a result goes to."""
 
+import errno
 import os
 import sys
 import tempfile
@@ -140,10 +141,16 @@ def write(text: str, output: Path | None) -> None:
     A reader of stdout that goes away, as `head` does, changes nothing about the exit code.
 
     Raises:
-        CheckError: The file cannot be written.
+        CheckError: The file, or stdout, cannot be written.
     """
     if output is None:
-        _write_stdout(text)
+        try:
+            _write_stdout(text)
+        except OSError as error:
+            _silence_stdout()
+            raise CheckError(
+                f"cannot write to stdout: {error.strerror}; give --output a file"
+            ) from error
         return
     try:
         _write_file(text, output)
@@ -155,16 +162,23 @@ def write(text: str, output: Path | None) -> None:
 
 
 def _write_stdout(text: str) -> None:
+    if sys.stdout is None:  # what Python makes of a descriptor that was closed before it began
+        raise OSError(errno.EBADF, "it is closed")
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The interpreter flushes stdout once more as it exits, and must find a place for it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence_stdout()
     except UnicodeEncodeError:
         encoding = sys.stdout.encoding
         sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
         sys.stdout.flush()
+
+
+def _silence_stdout() -> None:
+    """Give stdout a place that takes everything: the interpreter flushes it once more at exit."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _write_file(text: str, output: Path) -> None:

@@ -35,7 +35,7 @@ def report(
     files: Annotated[
         list[Path],
         typer.Argument(
-            metavar="FILE…", help="Results written with --format json.", show_default=False
+            metavar="FILE", help="Results written with --format json.", show_default=False
         ),
     ],
     format: PlainFormatOption = None,

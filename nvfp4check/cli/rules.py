@@ -34,7 +34,7 @@ app = make_app()
 def rules(
     ids: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[ID]...", help="Rules, or the beginning of their ids."),
+        typer.Argument(metavar="ID", help="Rules, or the beginning of their ids."),
     ] = None,
     format: PlainFormatOption = None,
     output: OutputOption = None,

@@ -8,6 +8,7 @@ import typer
 
 from nvfp4check.cli.command import command, make_app
 from nvfp4check.cli.exit_codes import ExitCode
+from nvfp4check.cli.options import write
 from nvfp4check.cli.progress import progress_bar
 from nvfp4check.findings import CheckError
 
@@ -109,8 +110,9 @@ def synth(
             progress=bar,
         )
     holes = ", all of it holes" if sparse else ""
-    typer.echo(
+    write(
         f"{report.directory}: {report.tensors:,} tensors in {report.shards:,} "
-        f"{'shard' if report.shards == 1 else 'shards'}, {report.nbytes:,} bytes of data{holes}"
+        f"{'shard' if report.shards == 1 else 'shards'}, {report.nbytes:,} bytes of data{holes}\n",
+        None,
     )
     return ExitCode.HOLDS

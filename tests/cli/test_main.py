@@ -80,6 +80,30 @@ def test_a_crash_shows_its_traceback_and_asks_for_a_report(run: Run, planted: An
     assert "report it" in ran.err
 
 
+def test_what_the_machine_refuses_is_one_line_with_the_file(run: Run, planted: Any) -> None:
+    def refuse() -> int:
+        with open("a" * 300, "rb"):
+            return 0
+
+    planted(refuse)
+    ran = run("planted")
+    assert ran.code == 2
+    assert ran.err == f"nvfp4check: error: {'a' * 300}: File name too long\n"
+
+
+def test_a_full_disk_is_no_bug_and_a_missing_file_may_be_one(run: Run, planted: Any) -> None:
+    def fill() -> int:
+        raise OSError(28, "No space left on device")
+
+    def lose() -> int:
+        raise FileNotFoundError(2, "No such file or directory", "journal.json")
+
+    planted(fill)
+    assert run("planted").err == "nvfp4check: error: No space left on device\n"
+    planted(lose)
+    assert "internal error" in run("planted").err
+
+
 def test_an_interrupt_is_one_line_and_exit_code_130(run: Run, planted: Any) -> None:
     def interrupt() -> int:
         raise KeyboardInterrupt
@@ -154,6 +178,15 @@ def test_every_subcommands_help_ends_with_examples_of_itself(run: Run, name: str
         lines = examples.strip().splitlines()
         assert lines
         assert all(line.strip().startswith(f"nvfp4check {name} {sub}") for line in lines)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_a_groups_help_cuts_no_sentence_short(run: Run, name: str) -> None:
+    listed = " ".join(run(name, "--help").out.split())
+    for info in _app(name).registered_commands:
+        assert f" {info.short_help} " in listed
+        assert info.short_help.endswith(".")
+    assert "..." not in listed
 
 
 def test_a_command_is_imported_only_when_it_is_called(run: Run, monkeypatch: Any) -> None:

@@ -86,6 +86,22 @@ def test_a_reader_that_goes_away_changes_nothing_about_the_exit_code() -> None:
     assert complaint == b""
 
 
+@pytest.mark.parametrize(
+    ("redirection", "why"), [(">/dev/full", "No space left on device"), (">&-", "it is closed")]
+)
+def test_a_stdout_that_takes_nothing_is_said_and_is_exit_code_2(redirection: str, why: str) -> None:
+    finished = subprocess.run(
+        f"{sys.executable} -m nvfp4check --version {redirection}",
+        shell=True,
+        capture_output=True,
+        text=True,
+    )
+    assert finished.stderr == (
+        f"nvfp4check: error: cannot write to stdout: {why}; give --output a file\n"
+    )
+    assert finished.returncode == 2
+
+
 def test_a_stream_that_cannot_say_a_character_gets_its_escape() -> None:
     finished = subprocess.run(
         [sys.executable, "-c", "from nvfp4check.cli.options import write; write('a…', None)"],
