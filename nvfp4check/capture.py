@@ -10,6 +10,12 @@ DeepseekV3ForCausalLM from 4.56 to 5; `VLLM` fits a model that passes the residu
 parts, as vLLM and SGLang do: a layer returns (hidden_states, residual), whose sum is the stream,
 and `input_layernorm` returns (normed, residual).
 
+With `inputs=golden` every decoder layer is given what that run recorded as `hidden` of the layer
+before, in place of what the model computed, so that each is judged on its own; the rest of the
+model is left as it is, and logits are then those of the last layer on the golden's state. The
+argument replaced is `hidden_states`; one called `residual` becomes None, as at the first layer of
+a model that passes the stream in two parts.
+
 One prompt at a time, alone in its batch. It may come in several calls, a chunk or a token each:
 rows are joined in order. What a hook sees is copied at once, for engines write into the same buffer
 again. A point that never fired, that has more or fewer rows than the prompt has tokens, or that
@@ -31,12 +37,14 @@ from nvfp4check.activations import (
     LOGITS_FILE,
     TOKENS_FILE,
     PromptInfo,
+    Run,
     RunInfo,
     layer_file,
     write_info,
     write_tensors,
 )
 from nvfp4check.findings import CheckError
+from nvfp4check.layer_inputs import LayerInputs, give_inputs
 
 #: Name that a tap gives to the logits; every other name is a point of a layer.
 LOGITS = "logits"
@@ -119,14 +127,18 @@ class _Seen:
     calls: dict[tuple[int | None, str], list[torch.Tensor]] = field(default_factory=dict)
     #: Names of the modules whose hooks fired.
     fired: set[str] = field(default_factory=set)
+    #: Rows that each layer was given so far.
+    given: dict[int, int] = field(default_factory=dict)
 
 
 class Session:
     """Prompts being captured."""
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: LayerInputs | None = None) -> None:
         self.prompts: dict[str, _Seen] = {}
         self._open: _Seen | None = None
+        self._name = ""
+        self._inputs = inputs
 
     @contextmanager
     def prompt(self, name: str, tokens: Sequence[int] | torch.Tensor) -> Iterator[None]:
@@ -138,11 +150,34 @@ class Session:
         if self._open is not None or name in self.prompts:
             raise CheckError(f"prompt {name!r}: captured already, or inside another prompt")
         seen = _Seen(torch.as_tensor(tokens, dtype=torch.int64).flatten())
+        if self._inputs is not None:
+            self._inputs.require(name, seen.tokens)
         self.prompts[name] = self._open = seen
+        self._name = name
         try:
             yield
         finally:
             self._open = None
+
+    def given(self, layer: int, state: torch.Tensor) -> torch.Tensor:
+        """Return what a layer is to begin with, in the place of a state [..., D].
+
+        Raises:
+            CheckError: More rows come than the prompt has tokens.
+        """
+        if self._open is None or self._inputs is None:
+            return state
+        start = self._open.given.get(layer, 0)
+        stop = start + state.numel() // state.shape[-1]
+        rows = self._inputs.rows(layer, self._name)[start:stop]
+        self._open.given[layer] = stop
+        if rows.numel() != state.numel():
+            raise CheckError(
+                f"prompt {self._name!r}: layer {layer} is called with rows {start} to {stop - 1} "
+                f"of {state.shape[-1]}, and the given run has {len(rows)} there of "
+                f"{rows.shape[-1]}; run each prompt once, alone in its batch"
+            )
+        return rows.reshape(state.shape).to(state.device, state.dtype)
 
     def see(self, module: str, layer: int | None, values: Mapping[str, torch.Tensor]) -> None:
         """Copy what a hook saw; outside of a prompt it is left aside."""
@@ -161,10 +196,12 @@ def capture(
     taps: Sequence[Tap] = TRANSFORMERS,
     *,
     engine: str = "",
+    inputs: Run | str | Path | None = None,
 ) -> Iterator[Session]:
     """Hook a model, and write what its prompts left as a run directory at the end.
 
-    `engine` names what computes, for run.json. Nothing is written if the block raises.
+    `engine` names what computes, for run.json; `inputs` is the run whose states every layer is
+    given. Nothing is written if the block raises.
 
     Raises:
         CheckError: A tap fits no module, a point is missing, incomplete or repeated, or the
@@ -173,15 +210,20 @@ def capture(
     run = Path(run)
     if run.exists() and any(run.iterdir()):
         raise CheckError(f"{run}: is not empty; give a new directory")
-    session = Session()
+    given = None if inputs is None else LayerInputs.open(inputs)
+    session = Session(given)
     with ExitStack() as hooks:
         expected = _hook(model, taps, session, hooks)
+        if given is not None:
+            name = next((tap.module for tap in taps if tap.module.endswith("{layer}")), None)
+            for hook in give_inputs(model, name, session.given):
+                hooks.callback(hook)
         yield session
     packed = {name: _join(name, seen, expected) for name, seen in session.prompts.items()}
     if not packed:
         raise CheckError(f"{run}: no prompt was captured; call the model inside session.prompt")
     _check_repeats(packed, session.prompts)
-    _write(run, session.prompts, packed, model, engine)
+    _write(run, session.prompts, packed, model, engine, given)
 
 
 def _hook(
@@ -271,6 +313,7 @@ def _write(
     packed: Mapping[str, Mapping[tuple[int | None, str], torch.Tensor]],
     model: torch.nn.Module,
     engine: str,
+    given: LayerInputs | None,
 ) -> None:
     layers = sorted(
         {layer for points in packed.values() for layer, _ in points if layer is not None}
@@ -307,6 +350,7 @@ def _write(
             activations="all",
             logits="full" if logits else None,
             layers=(layers[0], layers[-1] + 1) if layers else None,
+            inputs={prompt: given.digests[prompt] for prompt in prompts} if given else None,
             versions={
                 "engine": engine or type(model).__name__,
                 "python": platform.python_version(),

@@ -9,10 +9,11 @@ Contract:
 """
 
 import hashlib
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from nvfp4check.activations import HIDDEN, Run
 from nvfp4check.findings import CheckError
@@ -71,6 +72,48 @@ class LayerInputs:
             for layer in self.run.layers:
                 if HIDDEN in self.run.points(layer):
                     state = self.run.point(layer, prompt, HIDDEN).contiguous()
-                    digest.update(state.view(torch.uint8).numpy())
+                    digest.update(state.view(torch.uint8).numpy().tobytes())
             found[prompt] = f"sha256:{digest.hexdigest()}"
         return found
+
+
+def give_inputs(
+    model: "torch.nn.Module",
+    name: str | None,
+    given: "Callable[[int, torch.Tensor], torch.Tensor]",
+) -> Iterator[Callable[[], None]]:
+    """Hook the decoder layers of a model so that each after the first begins with given states.
+
+    `name` is that of a layer with `{layer}` for its number, `given` makes of a layer and the state
+    it is called with what it begins with. Yields what removes each hook.
+
+    Raises:
+        CheckError: The model has no such layers, or a layer takes no hidden_states.
+    """
+    modules = dict(model.named_modules())
+    layers = [at for at in range(len(modules)) if name and name.format(layer=at) in modules]
+    if name is None or not layers:
+        raise CheckError("inputs: no tap names the decoder layers; give one that ends in {layer}")
+    for layer in layers[1:]:
+        module = modules[name.format(layer=layer)]
+        signature = inspect.signature(module.forward)
+        if "hidden_states" not in signature.parameters:
+            raise CheckError(
+                f"inputs: {name.format(layer=layer)} takes {', '.join(signature.parameters)}, "
+                "expected hidden_states among them"
+            )
+
+        def give(
+            module: "torch.nn.Module",
+            args: tuple[Any, ...],
+            kwargs: dict[str, Any],
+            layer: int = layer,
+            signature: inspect.Signature = signature,
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            call = signature.bind(*args, **kwargs)
+            call.arguments["hidden_states"] = given(layer, call.arguments["hidden_states"])
+            if "residual" in call.arguments:
+                call.arguments["residual"] = None
+            return call.args, call.kwargs
+
+        yield module.register_forward_pre_hook(give, with_kwargs=True).remove

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 
 from nvfp4check.forward.bounds.arithmetic import Roundings
-from nvfp4check.forward.bounds.uncertain import RANDOM, Uncertain
+from nvfp4check.forward.bounds.uncertain import RANDOM, Uncertain, split_last
 from nvfp4ref.deepseek_v3.attention import SCORES_AT_ONCE
 from nvfp4ref.deepseek_v3.config import DeepseekV3Config
 
@@ -92,7 +92,7 @@ def _rows(
     heads, width = config.num_attention_heads, config.qk_nope_head_dim
 
     def by_head(x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
+        return split_last(x, heads, -1).transpose(-3, -2)
 
     def shared(x: torch.Tensor) -> torch.Tensor:
         return x.unsqueeze(-3).expand(*x.shape[:-2], heads, *x.shape[-2:])

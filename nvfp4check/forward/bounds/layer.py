@@ -14,7 +14,7 @@ Contract:
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -96,7 +96,7 @@ class LayerBounds:
         plain = self._plain
         attention = plain.self_attn
         names = ("q_a_proj", "q_b_proj", "q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
-        watched = {
+        watched: dict[str, Any] = {
             name: _Watched(linear, self, name)
             for name in names
             if (linear := getattr(attention, name)) is not None

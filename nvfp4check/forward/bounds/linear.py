@@ -94,7 +94,7 @@ def through(linear: SquaringLinear, x: Uncertain, y: torch.Tensor, roundings: Ro
     taken = quantised.value if quantised is not None else x
     rows = torch.cat((taken.variance.flatten(0, 2), taken.value.square()))
     products = _scaled_squares(linear, rows)
-    inherited = products[: -len(x.value)].unflatten(0, taken.variance.shape[:3])
+    inherited = products[: -len(x.value)].reshape(*taken.variance.shape[:3], -1)
     own_squares = products[-len(x.value) :]
     value = y.double()
     local = roundings.of_sum(x.value.shape[-1], value, own_squares) + roundings.of_output(value)

@@ -16,7 +16,7 @@ Contract, with e the error of x, to first order:
 import torch
 
 from nvfp4check.forward.bounds.arithmetic import Roundings
-from nvfp4check.forward.bounds.uncertain import RANDOM, Uncertain, minkowski
+from nvfp4check.forward.bounds.uncertain import RANDOM, Uncertain, minkowski, split_last
 from nvfp4ref.deepseek_v3.config import RotaryConfig
 from nvfp4ref.deepseek_v3.rotary import angles
 from nvfp4ref.rounding import UNIT_ROUNDOFF
@@ -49,10 +49,9 @@ def rotated(
     theta = angles(positions, rotary).double().unsqueeze(1)  # (T, 1, R/2)
     factor = 1.0 if rotary.rope_scaling is None else rotary.rope_scaling.rotary_factor
     cosine, sine = theta.cos() * factor, theta.sin() * factor
-    shape = (len(theta), -1, rotary.qk_rope_head_dim)
 
     def pairs(of: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        split = of.unflatten(-1, shape[1:])
+        split = split_last(of, -1, rotary.qk_rope_head_dim)
         return split[..., 0::2], split[..., 1::2]
 
     def joined(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

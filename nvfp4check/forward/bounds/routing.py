@@ -19,7 +19,7 @@ Contract:
 import torch
 
 from nvfp4check.forward.bounds.arithmetic import Roundings
-from nvfp4check.forward.bounds.uncertain import Uncertain, minkowski
+from nvfp4check.forward.bounds.uncertain import Uncertain, minkowski, split_last
 from nvfp4ref.deepseek_v3.config import DeepseekV3Config
 from nvfp4ref.deepseek_v3.routing import choose
 
@@ -74,9 +74,9 @@ def settled(scores: Uncertain, experts: torch.Tensor, config: DeepseekV3Config) 
     if config.n_group > config.topk_group:
         size = value.shape[-1] // config.n_group
         # A group's sum of its two best lies between the same sums of the lowest and the highest.
-        least = low.unflatten(-1, (-1, size)).topk(2, dim=-1).values.sum(-1)
-        most = high.unflatten(-1, (-1, size)).topk(2, dim=-1).values.sum(-1)
-        sums = value.unflatten(-1, (-1, size)).topk(2, dim=-1).values.sum(-1)
+        least = split_last(low, -1, size).topk(2, dim=-1).values.sum(-1)
+        most = split_last(high, -1, size).topk(2, dim=-1).values.sum(-1)
+        sums = split_last(value, -1, size).topk(2, dim=-1).values.sum(-1)
         best = choose(sums, 1, 1, config.topk_group).long()
         opened = torch.zeros_like(sums, dtype=torch.bool).scatter_(-1, best, True)
         weakest = least.masked_fill(~opened, torch.inf).amin(-1)

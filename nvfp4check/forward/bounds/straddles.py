@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 from nvfp4check.forward.bounds.arithmetic import BOUNDED, DEVIATIONS
-from nvfp4check.forward.bounds.uncertain import Uncertain, deviation
+from nvfp4check.forward.bounds.uncertain import Uncertain, deviation, split_last
 from nvfp4check.forward.exact import _e2m1, _e4m3
 from nvfp4ref import ties
 from nvfp4ref.conventions import Convention
@@ -99,7 +99,7 @@ def fp8(x: Uncertain, *, power_of_two_scales: bool) -> Quantised:
     padding = (0, -columns % _WIDTH)
 
     def blocks(of: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.pad(of, padding).unflatten(-1, (-1, _WIDTH))
+        return split_last(torch.nn.functional.pad(of, padding), -1, _WIDTH)
 
     amax = blocks(x.value.abs()).amax(-1).clamp(min=FP8_ACTIVATION_AMAX_FLOOR)
     roots = x.total.sum(1).sqrt()
@@ -145,7 +145,7 @@ def _scaling(means: torch.Tensor, most: torch.Tensor, group: int) -> torch.Tenso
     padding = (0, -means.shape[-1] % group)
 
     def groups(of: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.pad(of, padding).unflatten(-1, (-1, group)).sum(-1)
+        return split_last(torch.nn.functional.pad(of, padding), -1, group).sum(-1)
 
     total, certain = means.sum(-1), most.sum(-1)
     spread = (groups(means) * groups(most)).sum(-1)

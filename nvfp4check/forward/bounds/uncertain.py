@@ -75,6 +75,11 @@ def deviation(variance: torch.Tensor) -> torch.Tensor:
     return DEVIATIONS * roots[:, RANDOM] + BOUNDED * roots[:, BOUNDED_KIND]
 
 
+def split_last(x: torch.Tensor, *sizes: int) -> torch.Tensor:
+    """Return x with its last dimension in parts of these sizes, one of them -1."""
+    return x.reshape(*x.shape[:-1], *sizes)
+
+
 def minkowski(*variances: torch.Tensor) -> torch.Tensor:
     """Return the variance of a sum of errors whose correlation is unknown."""
     total = variances[0].sqrt()
