@@ -4,8 +4,8 @@ Contract:
     bits     shape, dtype and every bit; the sign of a zero counts unless `Zeros.UNSIGNED`; a NaN
              equals a NaN of any payload unless `Nans.SAME_BITS`; infinities by position and sign
     within   NaN exactly where the real result is NaN; the rounded result bit for bit where the
-             tolerance says so (but for the sign of a zero); elsewhere inside the interval, or one
-             of its ends rounded to the dtype: so an infinity only where the interval overflows
+             tolerance says so (but for the sign of a zero); elsewhere between the ends of what may
+             be rounded, each rounded to the dtype: so an infinity only where an end overflows
 
 A result is frozen and says how many, where first, where worst, both values and both bit patterns.
 """
@@ -135,11 +135,10 @@ def within(actual: torch.Tensor, tolerance: Tolerance, *, what: str = "values") 
         return _unlike(what, rounded, tolerance.why, form)
     actual = actual.detach().cpu().contiguous()
     values, expected = _wide(actual), tolerance.expected
-    low, high = expected - tolerance.allowed, expected + tolerance.allowed
-    inside = (low <= values) & (values <= high)
-    inside |= (round_to(low, actual.dtype).double() <= values) & (
-        values <= round_to(high, actual.dtype).double()
+    low, high = (
+        round_to(expected + side * tolerance.unrounded, actual.dtype).double() for side in (-1, 1)
     )
+    inside = (low <= values) & (values <= high)
     same = (_raw(actual) == _raw(rounded)) | ((values == 0) & (rounded == 0))
     holds = torch.where(tolerance.exact, same, inside)
     holds = torch.where(expected.isnan(), values.isnan(), holds)

@@ -1,13 +1,14 @@
 """How far a correct kernel may lie from the real result, derived from what it declares.
 
 Contract:
-    |y - alpha P|  <=  (S + 4) u_acc |alpha| T  +  u_out |alpha P|  +  tiny
+    y = round_out(z) with  |z - alpha P|  <=  (S + 4) u_acc |alpha| T  +  tiny
         P      the real sum, T = |A||B|^T the same sum of magnitudes
         S      roundings of the accumulator: K / chunk, rounded up
         u_acc  2**-24 for float32 rounded to nearest, 2**-23 where truncation is allowed
         4      the epilogue: alpha, its product with the accumulator, two for a split or a cast
-        u_out  half the distance from 1 to the next value of the output dtype
         tiny   the smallest subnormal of the output dtype
+    so y lies between the two ends of z, each rounded: about u_out |alpha P| more, with u_out half
+    the distance from 1 to the next value of the output dtype, and no more than one rounding
     probabilistic  lambda sqrt(S + 4) in place of S + 4: exceeded with probability at most
                    2 exp(-lambda**2 / 2) for roundings of mean zero, so never for truncation
     bits           where T is below 2**24 quanta every partial sum of every order is a float32, and
@@ -22,7 +23,7 @@ Lopez, Mary and Pranesh, SIAM J. Sci. Comput. 42(3), C124 (2020), for sums by bl
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any, Self
@@ -137,6 +138,9 @@ class Facts:
         return -(-terms // self.accumulation_chunk)
 
 
+#: The term of the one rounding to the output dtype.
+OUTPUT_ROUNDING = "output rounding"
+
 #: Roundings allowed after the sum: alpha itself, its product, a split's sum, a cast.
 EPILOGUE_ROUNDINGS = 4
 
@@ -156,10 +160,18 @@ class Tolerance:
 
     @property
     def allowed(self) -> torch.Tensor:
-        """The sum of the terms."""
+        """The sum of the terms: about how far a result may lie from the real one."""
+        return self._sum(self.terms)
+
+    @property
+    def unrounded(self) -> torch.Tensor:
+        """How far a result may lie from the real one before it is rounded to the output dtype."""
+        return self._sum(name for name in self.terms if name != OUTPUT_ROUNDING)
+
+    def _sum(self, names: Iterable[str]) -> torch.Tensor:
         total = torch.zeros_like(self.expected)
-        for term in self.terms.values():
-            total = total + term
+        for name in names:
+            total = total + self.terms[name]
         return total
 
     @property
@@ -249,7 +261,7 @@ def of_roundings(
 def output_terms(expected: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Return what the one rounding to the output dtype may add."""
     return {
-        "output rounding": UNIT_ROUNDOFF[dtype] * expected.abs(),
+        OUTPUT_ROUNDING: UNIT_ROUNDOFF[dtype] * expected.abs(),
         "smallest subnormal": torch.full_like(expected, SMALLEST_SUBNORMAL[dtype]),
     }
 

@@ -8,7 +8,7 @@ import torch
 
 from nvfp4check import compare
 from nvfp4check.compare import Nans, Zeros
-from nvfp4check.tolerance import Tolerance
+from nvfp4check.tolerance import Tolerance, output_terms
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -152,3 +152,20 @@ def test_a_result_that_holds_says_how_much_was_bitwise() -> None:
     found = compare.within(torch.tensor([1.0]), tolerance([1.0], 1e-3))
 
     assert str(found) == "values: all 1 hold, 0 bit for bit, 1 within the bound"
+
+
+def test_the_output_is_rounded_once_and_that_is_not_allowed_twice() -> None:
+    """1.25 rounds to itself in bfloat16: without error before it, no neighbour is allowed."""
+    real = torch.tensor([1.25, 1.25 + 2.0**-9], dtype=torch.float64)
+    allowed = Tolerance(
+        expected=real,
+        terms=output_terms(real, torch.bfloat16),
+        exact=torch.zeros(2, dtype=torch.bool),
+        dtype=torch.bfloat16,
+        why="made for this test",
+    )
+    right = torch.tensor([1.25, 1.25]).to(torch.bfloat16)
+    next_ = torch.nextafter(right, torch.full_like(right, 2.0))
+
+    assert compare.within(right, allowed).holds
+    assert compare.within(next_, allowed).count == 2

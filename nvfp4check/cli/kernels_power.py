@@ -105,6 +105,7 @@ def power_document(
         "faults": planted,
         "variants": accepted,
         "rules": judged,
+        "derived_bound": _derived(seed) if judged else None,
         "elsewhere": [
             {"id": one.id, "does": one.does, "caught_by": one.caught_by} for one in elsewhere()
         ],
@@ -181,8 +182,11 @@ def _acceptance(one: Any) -> dict[str, Any]:
 
 
 def _judged(rules: list[Any], seed: int) -> list[dict[str, Any]]:
+    from nvfp4check.faults import sensitivity
     from nvfp4check.faults.power import on_our_inputs, on_own_inputs
 
+    own = on_own_inputs(rules, seed)
+    model_sized = on_own_inputs(rules, seed, model_sized=True)
     ours = on_our_inputs(rules, seed)
     return [
         {
@@ -190,12 +194,27 @@ def _judged(rules: list[Any], seed: int) -> list[dict[str, Any]]:
             "rule": one.rule,
             "source": one.source,
             "shape": list(one.shape),
-            "own_inputs": _outcome(on_own_inputs(one, seed)),
-            "model_sized_inputs": _outcome(on_own_inputs(one, seed, model_sized=True)),
+            "own_inputs": _outcome(own[one.name]),
+            "model_sized_inputs": _outcome(model_sized[one.name]),
             "suite_inputs": _outcome(ours[one.name]),
+            "smallest_seen": _smallest(sensitivity.of_rule(one, seed)),
         }
         for one in rules
     ]
+
+
+def _derived(seed: int) -> dict[str, Any]:
+    from nvfp4check.faults import sensitivity
+
+    return {"smallest_seen": _smallest(sensitivity.of_derived_bound(seed))}
+
+
+def _smallest(seen: Any) -> dict[str, Any]:
+    return {
+        "scale_error": seen.scale_error,
+        "flipped_signs": seen.flipped_signs,
+        "elements": seen.elements,
+    }
 
 
 def _outcome(outcome: Any) -> dict[str, Any]:

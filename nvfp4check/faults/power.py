@@ -10,7 +10,8 @@ Contract:
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -124,25 +125,38 @@ def planted_in_matmul() -> dict[str, Kernel]:
     return {named(fault, form): form.apply() for fault, form in faults_of("matmul")}
 
 
-def on_own_inputs(rule: PublishedRule, seed: int = 0, *, model_sized: bool = False) -> RuleOutcome:
-    """Return what a rule sees on one sample of the inputs that its project's tests draw.
+def on_own_inputs(
+    rules: Sequence[PublishedRule], seed: int = 0, *, model_sized: bool = False
+) -> dict[str, RuleOutcome]:
+    """Return what rules see on one sample each of the inputs that their projects' tests draw.
 
     With `model_sized`, on random inputs as large as a model's activations and weights.
     """
-    sample = rule.model_sized_sample(seed) if model_sized else rule.sample(seed)
-    expected = sample.unquantised if rule.against_unquantised else sample.quantised
-    return outcomes_on([(sample.inputs, expected)], (rule,))[rule.name]
+    alike: dict[object, list[PublishedRule]] = defaultdict(list)
+    for rule in rules:
+        alike[rule.drawing(model_sized)].append(rule)
+    outcomes: dict[str, RuleOutcome] = {}
+    for group in alike.values():
+        first = group[0]
+        sample = first.model_sized_sample(seed) if model_sized else first.sample(seed)
+        expected = {rule.name: rule.expected(sample) for rule in group}
+        outcomes |= outcomes_on([(sample.inputs, expected)], group)
+    return {rule.name: outcomes[rule.name] for rule in rules}
 
 
 def on_our_inputs(rules: Sequence[PublishedRule], seed: int = 0) -> dict[str, RuleOutcome]:
     """Return what rules see on the products of the suite."""
-    return outcomes_on(_products_of_the_suite(seed), rules)
+    products = (
+        (inputs, dict.fromkeys((rule.name for rule in rules), expected))
+        for inputs, expected in _products_of_the_suite(seed)
+    )
+    return outcomes_on(products, rules)
 
 
 def outcomes_on(
-    products: Iterable[tuple[Inputs, torch.Tensor]], rules: Sequence[PublishedRule]
+    products: Iterable[tuple[Inputs, Mapping[str, torch.Tensor]]], rules: Sequence[PublishedRule]
 ) -> dict[str, RuleOutcome]:
-    """Return what each rule sees on some products, each with what it is compared with."""
+    """Return what each rule sees on some products, each with what each rule compares with."""
     wrong = planted_in_matmul()
     right = {one.name: one.kernel for one in correct_variants("matmul")}
     showing: set[str] = set()
@@ -160,7 +174,7 @@ def outcomes_on(
             if name in wrong and not _same(actual, truth):
                 showing.add(name)
             for rule in asked:
-                if not rule.accepts(actual, expected):
+                if not rule.accepts(actual, expected[rule.name]):
                     open_to[rule.name].discard(name)
     return {
         rule.name: RuleOutcome(

@@ -37,7 +37,7 @@ def _lines(document: Mapping[str, Any], table_format: str, heading: str = "") ->
             yield textwrap.indent(one["message"], "  ")
     if rules:
         yield ""
-        yield from _rule_lines(rules, table_format, heading)
+        yield from _rule_lines(document, table_format, heading)
 
 
 def summary(document: Mapping[str, Any]) -> str:
@@ -78,30 +78,55 @@ _INPUTS = {
     "suite_inputs": "this suite's inputs",
 }
 
-RULE_HEADERS = ("rule", "accepts", *_INPUTS.values(), "correct refused")
+RULE_HEADERS = (
+    "rule",
+    "accepts",
+    *_INPUTS.values(),
+    "smallest scale error seen",
+    "fewest flipped signs seen",
+    "correct refused",
+)
 
 
-def rule_rows(rules: list[dict[str, Any]]) -> list[list[Any]]:
-    """Return a row for each rule: what it accepts, what it sees, and correct kernels it refuses."""
-    return [
+def rule_rows(document: Mapping[str, Any]) -> list[list[Any]]:
+    """Return a row for each rule: what it accepts, what it sees, and correct kernels it refuses.
+
+    The last row is the derived bound's.
+    """
+    rows = [
         [
             one["name"],
             one["rule"],
             *(f"{_seen(one[kind])} of {one[kind]['showing']}" for kind in _INPUTS),
-            sum(len(one[kind]["refused_correct"]) for kind in _INPUTS),
+            *_smallest(one["smallest_seen"]),
+            max(len(one[kind]["refused_correct"]) for kind in _INPUTS),
         ]
-        for one in rules
+        for one in document["rules"]
+    ]
+    bound = document["derived_bound"]["smallest_seen"]
+    return [*rows, ["derived bound", "", "", "", "", *_smallest(bound), ""]]
+
+
+def _smallest(seen: Mapping[str, Any]) -> list[str]:
+    error, flipped = seen["scale_error"], seen["flipped_signs"]
+    return [
+        "none" if error is None else f"{100 * error:.3g} %",
+        "none" if flipped is None else str(flipped),
     ]
 
 
-def _rule_lines(rules: list[dict[str, Any]], table_format: str, heading: str) -> Iterator[str]:
+def _rule_lines(document: Mapping[str, Any], table_format: str, heading: str) -> Iterator[str]:
+    rules = document["rules"]
     yield f"{heading}What tolerance rules see of the faults of matmul"
     yield ""
-    yield tabulate(rule_rows(rules), headers=RULE_HEADERS, tablefmt=table_format)
+    yield tabulate(
+        rule_rows(document), headers=RULE_HEADERS, tablefmt=table_format, disable_numparse=True
+    )
     yield ""
     yield (
         "Forms of faults that the rule sees, of those whose result differs from the right one "
-        "on these inputs at all."
+        "on these inputs at all. On model-sized inputs: the smallest error of every element by "
+        "one factor, and the fewest elements of wrong sign."
     )
     if len(rules) == 1:
         for kind, name in _INPUTS.items():

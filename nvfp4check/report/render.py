@@ -161,7 +161,7 @@ def _power_html(document: Document, extras: Extras) -> str:
         summary=summary(document),
         faults=list(fault_rows(document["faults"])),
         rule_headers=RULE_HEADERS,
-        rules=rule_rows(document["rules"]),
+        rules=rule_rows(document) if document["rules"] else [],
     )
 
 
