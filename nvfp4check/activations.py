@@ -170,6 +170,12 @@ class Run:
         files = (self.path / LAYERS_FOLDER).glob("*.safetensors")
         return tuple(sorted(int(file.stem) for file in files if file.stem.isdecimal()))
 
+    @property
+    def own_layers(self) -> tuple[int, ...]:
+        """Those of the model itself, without multi-token prediction."""
+        count = self.info.config.get("num_hidden_layers")
+        return tuple(n for n in self.layers if type(count) is not int or n < count)
+
     def tokens(self, prompt: str) -> "torch.Tensor":
         """Return the tokens of a prompt, int64 [T]."""
         return self._tensor(self.path / TOKENS_FILE, prompt)

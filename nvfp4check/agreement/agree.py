@@ -269,12 +269,9 @@ def _layers(
     integrity: Integrity,
     options: AgreeOptions,
 ) -> tuple[list[HeldPoint], list[LayerRouting], Bounds, Divergence | None]:
-    count = reference.info.config.get("num_hidden_layers")
-    own = count if type(count) is int else None
-
     def points_of(run: Run) -> list[PointAgreement]:
         found = compare_layers(reference, run, prompts, integrity.skip)
-        return [p for p in found if p.errors and (own is None or p.layer < own)]
+        return [point for point in found if point.errors]
 
     points = points_of(candidate)
     noise = [{point.key: point for point in points_of(run)} for run in options.noise]
@@ -282,11 +279,7 @@ def _layers(
     units = _units(points, reference, candidate)
     held = hold(points, noise, units, options.alpha, options.seed, bounds.points)
     routing, *noise_routing = (
-        [
-            layer
-            for layer in compare_routing(reference, run, prompts, integrity.skip)
-            if own is None or layer.layer < own
-        ]
+        list(compare_routing(reference, run, prompts, integrity.skip))
         for run in (candidate, *options.noise)
     )
     return held, routing, bounds, first_divergence(held, routing, noise_routing, bounds)

@@ -67,7 +67,7 @@ def _scaling(config: dict[str, Any]) -> Iterator[Blind]:
 def _routing(reference: Run, prompts: tuple[str, ...]) -> Iterator[Blind]:
     layers = [
         layer
-        for layer in reference.layers
+        for layer in reference.own_layers
         if {"router_scores", "router_experts"} <= set(reference.points(layer))
     ]
     n_group = reference.info.config.get("n_group")

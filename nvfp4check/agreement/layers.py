@@ -151,13 +151,13 @@ def compare_layers(
     prompts: Iterable[str] | None = None,
     skip: Collection[Skip] = (),
 ) -> Iterator[PointAgreement]:
-    """Compare every point that both runs recorded, in the order of the computation.
+    """Compare every point of the model's own layers that both recorded, in order.
 
     What `skip` lists is left out.
     """
     chosen = tuple(prompts) if prompts is not None else reference.prompts
     before: dict[str, torch.Tensor] = {}
-    for layer in sorted(set(reference.layers) & set(candidate.layers)):
+    for layer in sorted(set(reference.own_layers) & set(candidate.own_layers)):
         recorded = set(reference.points(layer)) & set(candidate.points(layer))
         points = [point for point in VALUE_POINTS if point in recorded]
         whole = [p for p in points if not any((layer, p, prompt) in skip for prompt in chosen)]

@@ -91,7 +91,7 @@ def compare_routing(
 ) -> Iterator[LayerRouting]:
     """Compare the experts of every layer in which both runs recorded them."""
     chosen = tuple(prompts) if prompts is not None else reference.prompts
-    for layer in sorted(set(reference.layers) & set(candidate.layers)):
+    for layer in sorted(set(reference.own_layers) & set(candidate.own_layers)):
         recorded = set(reference.points(layer)) & set(candidate.points(layer))
         here = tuple(p for p in chosen if (layer, "router_experts", p) not in skip)
         if "router_experts" in recorded and here:

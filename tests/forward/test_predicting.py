@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nvfp4check.activations import Run
+from nvfp4check.agreement.agree import AgreeOptions, agree
 from nvfp4check.engine.local import LocalEngine
 from nvfp4check.findings import CheckError
 from nvfp4check.forward.journal import Journal
@@ -264,6 +265,19 @@ def test_a_golden_holds_mtp_as_well(tiny: Path, prompts: list[Prompt], tmp_path:
     assert [difference.file for difference in missing] == [
         str(logits.relative_to(tmp_path / "golden"))
     ]
+
+
+def test_runs_are_held_against_one_another_by_the_models_own_layers(
+    tiny: Path, prompts: list[Prompt], with_mtp: ForwardOptions, tmp_path: Path
+) -> None:
+    runs = [
+        run_forward(tiny / name, prompts, tmp_path / name, with_mtp).run for name in ("bf16", "fp8")
+    ]
+
+    result = agree(*runs, AgreeOptions())
+
+    assert {held.agreement.layer for held in result.layers} == {0, 1, 2, 3, 4}
+    assert [layer.layer for layer in result.routing] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
