@@ -8,7 +8,14 @@ import typer
 
 from nvfp4check.cli.command import command, make_app
 from nvfp4check.cli.exit_codes import ExitCode
-from nvfp4check.cli.options import OutputOption, prepared_format, require_limits, write
+from nvfp4check.cli.options import (
+    MaxKlOption,
+    MinTop1Option,
+    OutputOption,
+    prepared_format,
+    require_limits,
+    write,
+)
 from nvfp4check.findings import CheckError
 from nvfp4check.report.render import render
 
@@ -74,16 +81,8 @@ def agree(
             show_default=False,
         ),
     ] = None,
-    max_kl: Annotated[
-        float | None,
-        typer.Option(metavar="NATS", help="Limit on the mean KL.", show_default=False),
-    ] = None,
-    min_top1: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE", min=0, max=1, help="Limit on top-1 agreement.", show_default=False
-        ),
-    ] = None,
+    max_kl: MaxKlOption = None,
+    min_top1: MinTop1Option = None,
     alpha: Annotated[
         float, typer.Option(metavar="P", help="Probability of a wrong PASS, or a wrong FAIL.")
     ] = 0.05,

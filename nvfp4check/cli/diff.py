@@ -10,9 +10,14 @@ from nvfp4check.cli.command import command, make_app
 from nvfp4check.cli.engines import EngineName, EngineOption, make_engine
 from nvfp4check.cli.exit_codes import ExitCode
 from nvfp4check.cli.options import (
+    AllowSkipsOption,
+    DeviceOption,
+    JobsOption,
     Level,
     OutputOption,
     PlainFormatOption,
+    ResumeOption,
+    SampleSeedOption,
     prepared_format,
     wants_color,
     write,
@@ -73,7 +78,7 @@ def diff(
             help="Compare this share of the modules, and say what that may miss.",
         ),
     ] = 1.0,
-    seed: Annotated[int, typer.Option(metavar="N", help="Which sample is drawn.")] = 0,
+    seed: SampleSeedOption = 0,
     activations: Annotated[
         Path | None,
         typer.Option(
@@ -83,16 +88,11 @@ def diff(
             show_default=False,
         ),
     ] = None,
-    jobs: Annotated[int, typer.Option(metavar="N", min=1, help="Processes that compare.")] = 1,
+    jobs: JobsOption = 1,
     engine: EngineOption = EngineName.LOCAL,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="What compares.")] = "cpu",
-    allow_skips: Annotated[
-        bool,
-        typer.Option("--allow-skips", help="Do not exit with 2 though something was not compared."),
-    ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")
-    ] = False,
+    device: DeviceOption = "cpu",
+    allow_skips: AllowSkipsOption = False,
+    resume: ResumeOption = False,
     format: PlainFormatOption = None,
     output: OutputOption = None,
 ) -> int:

@@ -12,8 +12,13 @@ from nvfp4check.cli.engines import EngineName, EngineOption, make_expert_engine
 from nvfp4check.cli.exit_codes import ExitCode
 from nvfp4check.cli.options import (
     CheckpointArgument,
+    DeviceOption,
+    Kept,
+    LogitsOption,
+    MaxMemoryOption,
     OutputOption,
     PlainFormatOption,
+    PromptsOption,
     prepared_format,
     write,
 )
@@ -34,14 +39,6 @@ class Mode(StrEnum):
     STORED = "stored"
     WEIGHT_ONLY = "weight-only"
     UNQUANTIZED = "unquantized"
-
-
-class Kept(StrEnum):
-    """Which points are kept."""
-
-    NONE = "none"
-    HIDDEN = "hidden"
-    ALL = "all"
 
 
 class Cache(StrEnum):
@@ -74,14 +71,7 @@ def forward(
         Path,
         typer.Option(metavar="RUN", help="The run directory to write.", show_default=False),
     ],
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help='JSON lines with "id" and "text" or "tokens". [default: the model card\'s four]',
-            show_default=False,
-        ),
-    ] = None,
+    prompts: PromptsOption = None,
     text: Annotated[
         list[str] | None,
         typer.Option(metavar="STR", help="A prompt; may be repeated.", show_default=False),
@@ -102,19 +92,15 @@ def forward(
         Cache, typer.Option(help="stored: through the format that the checkpoint declares.")
     ] = Cache.STORED,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the activations.")] = Dtype.FLOAT32,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, or cuda.")] = "cpu",
-    max_memory: Annotated[
-        float, typer.Option(metavar="GIB", min=0.1, help="Memory to take at most, in GiB.")
-    ] = 4.0,
+    device: DeviceOption = "cpu",
+    max_memory: MaxMemoryOption = 4.0,
     layers: Annotated[
         str, typer.Option(metavar="A:B", help="Layers A to B-1 only; continue with --resume.")
     ] = "0:",
     mtp: Annotated[
         bool, typer.Option("--mtp", help="Compute the layers of multi-token prediction too.")
     ] = False,
-    logits: Annotated[
-        str, typer.Option(metavar="KEEP", help="full, topk:N, or hidden (the state before them).")
-    ] = "full",
+    logits: LogitsOption = "full",
     perturb: Annotated[
         str | None,
         typer.Option(

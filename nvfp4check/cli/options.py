@@ -44,11 +44,80 @@ FindingsFormatOption = Annotated[
 ]
 
 
+JobsOption = Annotated[
+    int, typer.Option("--jobs", metavar="N", min=1, help="Processes that share the work.")
+]
+
+DeviceOption = Annotated[
+    str, typer.Option("--device", metavar="DEVICE", help="What computes: cpu, or cuda.")
+]
+
+SampleSeedOption = Annotated[
+    int, typer.Option("--seed", metavar="N", help="Which sample is drawn.")
+]
+
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")
+]
+
+AllowSkipsOption = Annotated[
+    bool,
+    typer.Option("--allow-skips", help="Exit with 0 though something could not be checked."),
+]
+
+PromptsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts",
+        metavar="FILE",
+        help='JSON lines with "id" and "text" or "tokens". [default: the model card\'s four]',
+        show_default=False,
+    ),
+]
+
+LogitsOption = Annotated[
+    str,
+    typer.Option(
+        "--logits", metavar="KEEP", help="full, topk:N, or hidden (the state before them)."
+    ),
+]
+
+MaxMemoryOption = Annotated[
+    float,
+    typer.Option("--max-memory", metavar="GIB", min=0.1, help="Memory to take at most, in GiB."),
+]
+
+MaxKlOption = Annotated[
+    float | None,
+    typer.Option("--max-kl", metavar="NATS", help="Limit on the mean KL.", show_default=False),
+]
+
+MinTop1Option = Annotated[
+    float | None,
+    typer.Option(
+        "--min-top1",
+        metavar="SHARE",
+        min=0,
+        max=1,
+        help="Limit on top-1 agreement.",
+        show_default=False,
+    ),
+]
+
+
 class Level(StrEnum):
     """How much of a checkpoint is read."""
 
     HEADERS = "headers"
     BYTES = "bytes"
+
+
+class Kept(StrEnum):
+    """Which points of each layer a run keeps."""
+
+    NONE = "none"
+    HIDDEN = "hidden"
+    ALL = "all"
 
 
 class PlainFormat(StrEnum):

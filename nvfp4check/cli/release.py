@@ -2,7 +2,6 @@
 
 import sys
 import time
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,9 +10,18 @@ import typer
 from nvfp4check.cli.command import command, make_app
 from nvfp4check.cli.exit_codes import ExitCode
 from nvfp4check.cli.options import (
+    AllowSkipsOption,
     CheckpointArgument,
+    DeviceOption,
+    JobsOption,
+    Kept,
+    LogitsOption,
+    MaxKlOption,
+    MaxMemoryOption,
+    MinTop1Option,
     OutputOption,
     PlainFormatOption,
+    PromptsOption,
     prepared_format,
     require_limits,
     write,
@@ -24,14 +32,6 @@ if TYPE_CHECKING:
     from nvfp4check.release import State, Step
 
 app = make_app()
-
-
-class Kept(StrEnum):
-    """Which points of each layer are kept."""
-
-    NONE = "none"
-    HIDDEN = "hidden"
-    ALL = "all"
 
 
 @command(
@@ -52,28 +52,13 @@ def release(
         Path,
         typer.Option(metavar="DIR", help="Where runs and results go.", show_default=False),
     ],
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help='JSON lines with "id" and "text" or "tokens". [default: the model card\'s four]',
-            show_default=False,
-        ),
-    ] = None,
+    prompts: PromptsOption = None,
     card: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="The model card to check.", show_default=False),
     ] = None,
-    max_kl: Annotated[
-        float | None,
-        typer.Option(metavar="NATS", help="Limit on the mean KL.", show_default=False),
-    ] = None,
-    min_top1: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE", min=0, max=1, help="Limit on top-1 agreement.", show_default=False
-        ),
-    ] = None,
+    max_kl: MaxKlOption = None,
+    min_top1: MinTop1Option = None,
     noise: Annotated[
         int, typer.Option(metavar="N", min=0, help="Runs of the base with noise on it.")
     ] = 2,
@@ -84,18 +69,11 @@ def release(
     activations: Annotated[Kept, typer.Option(help="Points of each layer to compare.")] = (
         Kept.HIDDEN
     ),
-    logits: Annotated[
-        str, typer.Option(metavar="KEEP", help="full, topk:N, or hidden (the state before them).")
-    ] = "full",
-    jobs: Annotated[int, typer.Option(metavar="N", min=1, help="Processes that read bytes.")] = 1,
-    max_memory: Annotated[
-        float, typer.Option(metavar="GIB", min=0.1, help="Memory a forward takes at most, in GiB.")
-    ] = 4.0,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu, or cuda.")] = "cpu",
-    allow_skips: Annotated[
-        bool,
-        typer.Option("--allow-skips", help="Exit with 0 though something could not be checked."),
-    ] = False,
+    logits: LogitsOption = "full",
+    jobs: JobsOption = 1,
+    max_memory: MaxMemoryOption = 4.0,
+    device: DeviceOption = "cpu",
+    allow_skips: AllowSkipsOption = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the gate in --out.")] = False,
     plan: Annotated[
         bool, typer.Option("--plan", help="Print the commands of the steps and run none.")

@@ -11,10 +11,15 @@ import typer
 from nvfp4check.cli.command import command, make_app
 from nvfp4check.cli.engines import EngineName, EngineOption, make_engine
 from nvfp4check.cli.options import (
+    AllowSkipsOption,
     CheckpointArgument,
+    DeviceOption,
     FindingsFormatOption,
+    JobsOption,
     Level,
     OutputOption,
+    ResumeOption,
+    SampleSeedOption,
     prepared_format,
     split_ids,
     wants_color,
@@ -84,7 +89,7 @@ def validate(
             help="Read the bytes of this share of the weights, and say what that may miss.",
         ),
     ] = 1.0,
-    seed: Annotated[int, typer.Option(metavar="N", help="Which sample is drawn.")] = 0,
+    seed: SampleSeedOption = 0,
     tp: Annotated[
         int | None,
         typer.Option(
@@ -102,16 +107,11 @@ def validate(
             show_default=False,
         ),
     ] = None,
-    jobs: Annotated[int, typer.Option(metavar="N", min=1, help="Processes that read bytes.")] = 1,
+    jobs: JobsOption = 1,
     engine: EngineOption = EngineName.LOCAL,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="What counts the bytes.")] = "cpu",
-    allow_skips: Annotated[
-        bool,
-        typer.Option("--allow-skips", help="Exit with 0 though something could not be checked."),
-    ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")
-    ] = False,
+    device: DeviceOption = "cpu",
+    allow_skips: AllowSkipsOption = False,
+    resume: ResumeOption = False,
     format: FindingsFormatOption = None,
     output: OutputOption = None,
 ) -> int:
