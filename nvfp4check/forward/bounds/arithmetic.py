@@ -49,6 +49,10 @@ DEVIATIONS = Probabilistic().factor
 #: few errors add up in one direction: two that do are within a root of 2, four within 2.
 BOUNDED = 2.0
 
+#: Kinds of error: directed ones have been through a matrix, fresh ones not (`uncertain`).
+DIRECTED_RANDOM, DIRECTED_BOUNDED, FRESH_RANDOM, FRESH_BOUNDED = range(4)
+KINDS = 4
+
 #: Arithmetic that can be declared.
 DECLARABLE = ("float32", "bfloat16", "float16")
 
@@ -106,7 +110,7 @@ def rounding_variance(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 class Roundings:
     """What rounding adds, for each of A declared arithmetics together with the reference's.
 
-    Results are variances [A, 2, ...]: first of random errors, then of bounded ones.
+    Results are variances [A, KINDS, ...].
     """
 
     def __init__(self, declared: Sequence[Declared], reference: Declared) -> None:
@@ -140,9 +144,10 @@ class Roundings:
     def of_sum(self, terms: int, values: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
         """Return what sums of `terms` terms add; `squares` are the sums of the terms' squares."""
         partial = values.square() / 3 + squares / 6
-        both = []
-        for side in self.declared:
-            random, bounded = torch.zeros_like(partial), torch.zeros_like(partial)
+        out = self._none(values)
+        for i, side in enumerate(self.declared):
+            # What truncation takes off has the sign of the value.
+            random, bounded = out[i, FRESH_RANDOM], out[i, DIRECTED_BOUNDED]
             for facts in (side.facts, self.reference.facts):
                 unit, steps = facts.accumulator_roundoff, facts.roundings(terms)
                 random += EPILOGUE_ROUNDINGS * unit**2 / 3 * values.square()
@@ -150,9 +155,12 @@ class Roundings:
                     random += unit**2 / 3 * steps * partial
                 else:  # accumulator_roundoff is twice the mean of a truncation
                     bounded += (unit / 2 * steps) ** 2 * partial
-            both.append(torch.stack((random, bounded)))
-        return torch.stack(both)
+        return out
 
     def _random(self, variances: Sequence[torch.Tensor]) -> torch.Tensor:
-        random = torch.stack(list(variances))
-        return torch.stack((random, torch.zeros_like(random)), dim=1)
+        out = self._none(variances[0])
+        out[:, FRESH_RANDOM] = torch.stack(list(variances))
+        return out
+
+    def _none(self, values: torch.Tensor) -> torch.Tensor:
+        return values.new_zeros(len(self), KINDS, *values.shape)

@@ -4,6 +4,7 @@ T tokens, H heads, N = qk_nope_head_dim, R = qk_rope_head_dim, V = v_head_dim; p
 row, s its scores, o its output; sums over the keys j that a query sees.
 
 Contract, to first order  do = sum_j p_j (ds_j - mean ds) (v_j - o) + sum_j p_j dv_j:
+    scores          var s = (var q) k**2 + q**2 (var k), times the gain, as in `linear`
     of the query    what is in q moves all scores of its row together, in a way that depends on
                     every key: unknown correlation, so sum_j p_j |ds_j| |v_j - o|, which is at most
                     sqrt(sum_j p_j var s_j) sqrt(sum_j p_j v_j**2 - o**2) by Cauchy-Schwarz
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 import torch
 
 from nvfp4check.forward.bounds.arithmetic import Roundings
-from nvfp4check.forward.bounds.uncertain import RANDOM, Uncertain, split_last
+from nvfp4check.forward.bounds.uncertain import Uncertain, split_last, through_matrix
 from nvfp4ref.deepseek_v3.attention import SCORES_AT_ONCE
 from nvfp4ref.deepseek_v3.config import DeepseekV3Config
 
@@ -121,7 +122,7 @@ def _some(
     roundings: Roundings,
     shared_weights: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return output [H, t, V], variance [A, 2, H, t, V] and common [A, 2, H, t] of some queries."""
+    """Return output [H, t, V], variance [A, KINDS, H, t, V], common [A, KINDS, H, t] of queries."""
     scale, seen = config.softmax_scale, slice(0, part.stop)
     width = rows.k_nope.shape[-1]
     q, v = rows.q[:, part], rows.v[:, seen]
@@ -136,13 +137,15 @@ def _some(
 
     k2 = torch.cat((k_nope, k_rope), dim=-1).square()
     q2 = q.square()
-    of_query = rows.q_variance[..., part, :] @ k2.mT * scale**2
+    squares = q2 @ k2.mT * scale**2
+    gain = (scores.square() / squares).nan_to_num(1.0).clamp(min=1.0)
+    of_query = through_matrix(rows.q_variance[..., part, :] @ k2.mT * scale**2, gain)
     of_query = of_query + rows.q_common[:, :, None, part, None] * scores.square()
-    of_key = q2 @ rows.k_variance[..., seen, :].mT * scale**2
+    of_key = through_matrix(q2 @ rows.k_variance[..., seen, :].mT * scale**2, gain)
     of_key = of_key + rows.nope_common[:, :, None, None, seen] * nope.square()
     of_key = of_key + rows.rope_common[:, :, None, None, seen] * rope.square()
     own = (
-        roundings.of_sum(q.shape[-1], scores, q2 @ k2.mT * scale**2)
+        roundings.of_sum(q.shape[-1], scores, squares)
         + roundings.of_output(scores, 2)
         + roundings.of_internal(scores, 2)  # scaled, and less the row's largest
         + roundings.of_functions(torch.ones_like(scores))
@@ -161,8 +164,8 @@ def _some(
     ).clamp(min=0.0)
     variance = variance + (p if shared_weights else p2) @ rows.v_variance[..., seen, :]
     variance = variance + roundings.of_output(p) @ v2
+    variance = through_matrix(variance, torch.ones_like(out))
     variance = variance + roundings.of_sum(part.stop, out, p2 @ v2) + roundings.of_output(out)
     ones = torch.ones_like(out[..., 0])
     common = roundings.of_sum(part.stop, ones, ones) + roundings.of_internal(ones, 2)
-    variance[:, RANDOM] = variance[:, RANDOM].clamp(min=0.0)
     return out, variance, common

@@ -20,7 +20,7 @@ import torch
 
 from nvfp4check.activations import HIDDEN
 from nvfp4check.forward.bounds import straddles
-from nvfp4check.forward.bounds.arithmetic import Roundings
+from nvfp4check.forward.bounds.arithmetic import FRESH_RANDOM, Roundings
 from nvfp4check.forward.bounds.attention import attended
 from nvfp4check.forward.bounds.linear import SquaringLinear, through
 from nvfp4check.forward.bounds.pointwise import gated, norm, residual, rotated
@@ -295,5 +295,5 @@ def _given(x: torch.Tensor, roundings: Roundings) -> Uncertain:
     exact = Uncertain.exactly(x, len(roundings))
     for i, side in enumerate(roundings.declared):
         off = round_to(exact.value, side.dtype).double() - exact.value
-        exact.variance[i, 0] = off.square()
+        exact.variance[i, FRESH_RANDOM] = off.square()
     return exact

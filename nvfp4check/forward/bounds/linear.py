@@ -3,8 +3,10 @@
 M rows, K input features, N output features; W the weight dequantised.
 
 Contract, y = x W^T:
-    independent  var y = (W o W) var x, by the squares of the weights: errors of different elements
-                 are taken as uncorrelated, as far as this weight can tell
+    independent  var y = (W o W) var x, by the squares of the weights. Directed errors, those that
+                 have been through a matrix, lie in the same directions as the values that have,
+                 and what reads those directions amplifies both: they are taken to be amplified,
+                 beyond independence, as the token's value is: gain = max(1, ||y||**2 / sum Q)
     common       goes through unchanged, unless the input is quantised: then only its codes matter
     own          the sum's roundings (`arithmetic`), with Q = (W o W) x**2; one to the dtype; and
                  for weights dequantised to a dtype that does not hold them, Q u**2 / 3
@@ -23,8 +25,8 @@ from typing import Protocol
 import torch
 
 from nvfp4check.forward.bounds import straddles
-from nvfp4check.forward.bounds.arithmetic import Roundings
-from nvfp4check.forward.bounds.uncertain import Uncertain
+from nvfp4check.forward.bounds.arithmetic import FRESH_RANDOM, Roundings
+from nvfp4check.forward.bounds.uncertain import Uncertain, through_matrix
 from nvfp4ref.rounding import UNIT_ROUNDOFF
 
 
@@ -97,11 +99,12 @@ def through(linear: SquaringLinear, x: Uncertain, y: torch.Tensor, roundings: Ro
     inherited = products[: -len(x.value)].reshape(*taken.variance.shape[:3], -1)
     own_squares = products[-len(x.value) :]
     value = y.double()
+    inherited = through_matrix(inherited, gain(value, own_squares))
     local = roundings.of_sum(x.value.shape[-1], value, own_squares) + roundings.of_output(value)
     if form.weight_rounds:
         units = [UNIT_ROUNDOFF[side.dtype] ** 2 / 3 for side in roundings.declared]
         own = UNIT_ROUNDOFF[roundings.reference.dtype] ** 2 / 3
-        local[:, 0] += torch.stack([(unit + own) * own_squares for unit in units])
+        local[:, FRESH_RANDOM] += torch.stack([(unit + own) * own_squares for unit in units])
     none = torch.zeros(len(roundings), len(value), dtype=torch.int64)
     counted = none if quantised is None else quantised.straddles
     return Passed(Uncertain(value, inherited + local, taken.common), counted)
@@ -115,6 +118,13 @@ def _quantised(x: Uncertain, form: Input) -> straddles.Quantised | None:
         return straddles.nvfp4(x, form.encode)
     power_of_two = form.form is InputForm.FP8_POWER_OF_TWO
     return straddles.fp8(x, power_of_two_scales=power_of_two)
+
+
+def gain(value: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+    """Return how much more than independent terms a product of [M, N] amplifies, [M, 1]."""
+    independent = squares.sum(-1, keepdim=True)
+    coherent = value.square().sum(-1, keepdim=True)
+    return torch.where(coherent > independent, coherent / independent, 1.0)
 
 
 def _scaled_squares(linear: SquaringLinear, rows: torch.Tensor) -> torch.Tensor:

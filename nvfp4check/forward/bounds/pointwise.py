@@ -15,8 +15,8 @@ Contract, with e the error of x, to first order:
 
 import torch
 
-from nvfp4check.forward.bounds.arithmetic import Roundings
-from nvfp4check.forward.bounds.uncertain import RANDOM, Uncertain, minkowski, split_last
+from nvfp4check.forward.bounds.arithmetic import FRESH_RANDOM, Roundings
+from nvfp4check.forward.bounds.uncertain import Uncertain, minkowski, split_last
 from nvfp4ref.deepseek_v3.config import RotaryConfig
 from nvfp4ref.deepseek_v3.rotary import angles
 from nvfp4ref.rounding import UNIT_ROUNDOFF
@@ -72,7 +72,7 @@ def rotated(
     turned = joined(a * sine + b * cosine, a * cosine - b * sine) * joined(off, off).repeat(
         1, a.shape[-2]
     )
-    local[:, RANDOM] += turned.square() / 3
+    local[:, FRESH_RANDOM] += turned.square() / 3
     return Uncertain(value, mixed + local, x.common)
 
 

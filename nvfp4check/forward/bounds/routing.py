@@ -3,7 +3,8 @@
 T tokens, E experts in groups, k chosen; l the router's logits, s = sigmoid(l).
 
 Contract:
-    scores    var = (s (1 - s))**2 var l, to first order, and its roundings; the bias is exact.
+    scores    var = (s (1 - s))**2 var l, to first order, with l as any product (`linear`), and its
+              roundings; the bias is exact.
               Logits may be rounded to the dtype of the activations, as by engines whose router is
               one linear among others, and so may s
     weights   w = scaling s / sum of the chosen s: all s come from one input, so their errors are
@@ -18,8 +19,14 @@ Contract:
 
 import torch
 
-from nvfp4check.forward.bounds.arithmetic import Roundings
-from nvfp4check.forward.bounds.uncertain import Uncertain, minkowski, split_last
+from nvfp4check.forward.bounds.arithmetic import KINDS, Roundings
+from nvfp4check.forward.bounds.linear import gain
+from nvfp4check.forward.bounds.uncertain import (
+    Uncertain,
+    minkowski,
+    split_last,
+    through_matrix,
+)
 from nvfp4ref.deepseek_v3.config import DeepseekV3Config
 from nvfp4ref.deepseek_v3.routing import choose
 
@@ -31,9 +38,11 @@ def router_scores(
     w = weight.double()
     logits = x.value @ w.T
     w2 = w.square()
-    of_logits = x.variance @ w2.T + x.common.unsqueeze(-1) * logits.square()
+    squares = x.value.square() @ w2.T
+    of_logits = through_matrix(x.variance @ w2.T, gain(logits, squares))
+    of_logits = of_logits + x.common.unsqueeze(-1) * logits.square()
     of_logits = of_logits + roundings.of_output(logits)
-    of_logits = of_logits + roundings.of_sum(w.shape[-1], logits, x.value.square() @ w2.T)
+    of_logits = of_logits + roundings.of_sum(w.shape[-1], logits, squares)
     sigmoid = logits.sigmoid()
     local = roundings.of_output(sigmoid) + roundings.of_functions(sigmoid)
     value = scores.double()
@@ -53,8 +62,8 @@ def router_weights(
     """Return the error of the weights [T, k] of the reference's experts [T, k]."""
     chosen = experts.long()
     s = sigmoid.gather(-1, chosen)
-    roots = scores.variance.gather(-1, chosen.expand(*scores.variance.shape[:2], *chosen.shape))
-    roots = roots.sqrt()
+    index = chosen.expand(*scores.variance.shape[:2], *chosen.shape)
+    roots = scores.variance.gather(-1, index).sqrt()
     value = weights.double()
     if config.norm_topk_prob:
         relative = roots / s + (roots.sum(-1) / s.sum(-1)).unsqueeze(-1)
@@ -89,15 +98,15 @@ def settled(scores: Uncertain, experts: torch.Tensor, config: DeepseekV3Config) 
 
 
 class ExpertSum:
-    """Collects what experts give, root by root; [A, 2, T, D]."""
+    """Collects what experts give, root by root; [A, KINDS, T, D]."""
 
     def __init__(self, weights: Uncertain, width: int) -> None:
         self._weights = weights
         arithmetics, _, tokens = weights.common.shape
-        self._roots = weights.value.new_zeros(arithmetics, 2, tokens, width)
+        self._roots = weights.value.new_zeros(arithmetics, KINDS, tokens, width)
         #: Sum of the squares of what is added, for the roundings of the sum.
         self._squares = weights.value.new_zeros(tokens, width)
-        self._rounded = weights.value.new_zeros(arithmetics, 2, tokens, width)
+        self._rounded = weights.value.new_zeros(arithmetics, KINDS, tokens, width)
         self._terms = 0
 
     def add(

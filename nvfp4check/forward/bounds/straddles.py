@@ -35,7 +35,12 @@ import numba
 import numpy as np
 import torch
 
-from nvfp4check.forward.bounds.arithmetic import BOUNDED, DEVIATIONS
+from nvfp4check.forward.bounds.arithmetic import (
+    BOUNDED,
+    DEVIATIONS,
+    DIRECTED_RANDOM,
+    FRESH_BOUNDED,
+)
 from nvfp4check.forward.bounds.uncertain import Uncertain, deviation, split_last
 from nvfp4check.forward.exact import _e2m1, _e4m3
 from nvfp4ref import ties
@@ -108,8 +113,9 @@ def fp8(x: Uncertain, *, power_of_two_scales: bool) -> Quantised:
     found = _quantised(x, _fp8, False, 1, shared)
     value = found.value
     variance = value.variance.clone()
-    variance[:, 0] += shared * value.value.square()
-    common = torch.stack((shared.amax(-1), torch.zeros_like(shared[..., 0])), dim=1)
+    variance[:, DIRECTED_RANDOM] += shared * value.value.square()
+    common = torch.zeros_like(x.common)
+    common[:, DIRECTED_RANDOM] = shared.amax(-1)
     return Quantised(Uncertain(value.value, variance, common), found.straddles)
 
 
@@ -135,7 +141,8 @@ def _quantised(
         )
     squares = most.square()
     bounded = means * _scaling(means, squares, group).unsqueeze(-1)
-    variance = torch.stack((torch.zeros_like(bounded), bounded), dim=1).to(x.value.device)
+    variance = torch.zeros_like(x.variance)
+    variance[:, FRESH_BOUNDED] = bounded.to(x.value.device)
     value = torch.from_numpy(values).to(x.value.device)
     return Quantised(Uncertain(value, variance, torch.zeros_like(x.common)), (most > 0).sum(-1))
 

@@ -1,7 +1,8 @@
 """Values with the error that a correct run may have in them.
 
-T tokens, D elements, A declared arithmetics. Two kinds of error are carried: 0 is random, by its
-variance; 1 is bounded, by the square of its bound.
+T tokens, D elements, A declared arithmetics, four kinds of error: random ones by their variance,
+bounded ones by the square of their bound, and of each those that have been through a matrix
+(`directed`) and those made since (`fresh`: element by element, in no direction).
 
 Contract:
     error      e = (independent part, element by element) + (common part) * value: an error that a
@@ -15,9 +16,15 @@ from dataclasses import dataclass
 
 import torch
 
-from nvfp4check.forward.bounds.arithmetic import BOUNDED, DEVIATIONS
-
-RANDOM, BOUNDED_KIND = 0, 1
+from nvfp4check.forward.bounds.arithmetic import (
+    BOUNDED,
+    DEVIATIONS,
+    DIRECTED_BOUNDED,
+    DIRECTED_RANDOM,
+    FRESH_BOUNDED,
+    FRESH_RANDOM,
+    KINDS,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +33,9 @@ class Uncertain:
 
     #: float64 [T, D]
     value: torch.Tensor
-    #: Of the independent part, float64 [A, 2, T, D].
+    #: Of the independent part, float64 [A, KINDS, T, D].
     variance: torch.Tensor
-    #: Of the relative error that all elements of a token share, float64 [A, 2, T].
+    #: Of the relative error that all elements of a token share, float64 [A, KINDS, T].
     common: torch.Tensor
 
     @classmethod
@@ -37,13 +44,13 @@ class Uncertain:
         value = value.double()
         return cls(
             value,
-            value.new_zeros(arithmetics, 2, *value.shape),
-            value.new_zeros(arithmetics, 2, len(value)),
+            value.new_zeros(arithmetics, KINDS, *value.shape),
+            value.new_zeros(arithmetics, KINDS, len(value)),
         )
 
     @property
     def total(self) -> torch.Tensor:
-        """Variance of each element with the common part in it, [A, 2, T, D]."""
+        """Variance of each element with the common part in it, [A, KINDS, T, D]."""
         return self.variance + self.common.unsqueeze(-1) * self.value.square()
 
     @property
@@ -70,14 +77,18 @@ class Uncertain:
 
 
 def deviation(variance: torch.Tensor) -> torch.Tensor:
-    """Return what errors of these variances [A, 2, ...] may amount to, [A, ...]."""
-    roots = variance.sqrt()
-    return DEVIATIONS * roots[:, RANDOM] + BOUNDED * roots[:, BOUNDED_KIND]
+    """Return what errors of these variances [A, KINDS, ...] may amount to, [A, ...]."""
+    random = variance[:, DIRECTED_RANDOM] + variance[:, FRESH_RANDOM]
+    bounded = variance[:, DIRECTED_BOUNDED] + variance[:, FRESH_BOUNDED]
+    return DEVIATIONS * random.sqrt() + BOUNDED * bounded.sqrt()
 
 
-def split_last(x: torch.Tensor, *sizes: int) -> torch.Tensor:
-    """Return x with its last dimension in parts of these sizes, one of them -1."""
-    return x.reshape(*x.shape[:-1], *sizes)
+def through_matrix(variance: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    """Return variances [A, KINDS, ...] after a matrix, which amplifies directed ones by a gain."""
+    out = torch.zeros_like(variance)
+    out[:, DIRECTED_RANDOM] = variance[:, DIRECTED_RANDOM] * gain + variance[:, FRESH_RANDOM]
+    out[:, DIRECTED_BOUNDED] = variance[:, DIRECTED_BOUNDED] * gain + variance[:, FRESH_BOUNDED]
+    return out
 
 
 def minkowski(*variances: torch.Tensor) -> torch.Tensor:
@@ -86,3 +97,8 @@ def minkowski(*variances: torch.Tensor) -> torch.Tensor:
     for variance in variances[1:]:
         total = total + variance.sqrt()
     return total.square()
+
+
+def split_last(x: torch.Tensor, *sizes: int) -> torch.Tensor:
+    """Return x with its last dimension in parts of these sizes, one of them -1."""
+    return x.reshape(*x.shape[:-1], *sizes)
