@@ -176,7 +176,7 @@ class _StreamedHead:
             mode=LinearMode(mode) if mode in set(LinearMode) else LinearMode.WEIGHT_ONLY,
             device=torch.device("cpu"),
             chunk=_HEAD_CHUNK,
-            power_of_two_scales=checkpoint.quantization.scale_fmt == "ue8m0",
+            quantization=checkpoint.quantization,
         )
         self._head = Head(weight, reader, settings, meter)
 

@@ -37,6 +37,8 @@ class QuantGroup:
     quantizes_activations: bool | None
     #: Whether the activations' scale is stored, not computed at run time.
     static_input_scale: bool
+    #: What one scale of the activations is for: tensor, token, group …; None where nothing is said.
+    activation_strategy: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,7 +343,7 @@ def _compressed_tensors(fields: _Reader) -> QuantConfig:
 def _compressed_tensors_group(group: _Reader, default_format: str | None) -> QuantGroup:
     weights, inputs = group.below("weights"), group.object("input_activations")
     form = group.text("format") or default_format
-    dynamic = (inputs or {}).get("dynamic")
+    dynamic, strategy = ((inputs or {}).get(key) for key in ("dynamic", "strategy"))
     algo = form or "unknown"
     if form == "nvfp4-pack-quantized":
         algo = NVFP4 if inputs is not None else NVFP4_WEIGHT_ONLY
@@ -354,6 +356,7 @@ def _compressed_tensors_group(group: _Reader, default_format: str | None) -> Qua
         quantizes_activations=inputs is not None,
         # "local": block scales at run time under a stored global scale.
         static_input_scale=inputs is not None and dynamic is not True,
+        activation_strategy=strategy if isinstance(strategy, str) else None,
     )
 
 

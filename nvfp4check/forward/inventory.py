@@ -13,6 +13,7 @@ from nvfp4check.checkpoint.header import TensorEntry
 from nvfp4check.checkpoint.naming import LogicalWeight, Part, WeightFormat
 from nvfp4check.checkpoint.opening import Checkpoint
 from nvfp4check.findings import CheckError
+from nvfp4check.forward.reading import TORCH_DTYPES
 from nvfp4ref.deepseek_v3.config import DeepseekV3Config
 from nvfp4ref.deepseek_v3.linear import Linear, PlainLinear
 from nvfp4ref.deepseek_v3.moe import Experts
@@ -47,8 +48,8 @@ class Ends(NamedTuple):
 EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
 
 PLAIN_FORMATS = (WeightFormat.BF16, WeightFormat.F16, WeightFormat.F32)
-LINEAR_FORMATS = (*PLAIN_FORMATS, WeightFormat.NVFP4, WeightFormat.FP8_BLOCK)
-QUANTIZED_FORMATS = (WeightFormat.NVFP4, WeightFormat.FP8_BLOCK)
+QUANTIZED_FORMATS = (WeightFormat.NVFP4, WeightFormat.FP8_BLOCK, WeightFormat.FP8)
+LINEAR_FORMATS = (*PLAIN_FORMATS, *QUANTIZED_FORMATS)
 
 
 class Inventory:
@@ -148,6 +149,12 @@ def _check_weight(weight: LogicalWeight, shape: tuple[int, ...]) -> None:
         raise CheckError(
             f"{weight.name}: shape {list(weight.shape)}, expected {list(shape)} by config.json"
         )
+    for entry in weight.entries:
+        if entry.dtype not in TORCH_DTYPES:
+            raise CheckError(
+                f"{entry.name}: stored as {entry.dtype}; this forward takes "
+                f"{', '.join(TORCH_DTYPES)}"
+            )
     if weight.format is WeightFormat.NVFP4:
         rows, columns = shape
         _check_part(weight, Part.CODES, "U8", (rows, columns // 2))
@@ -157,6 +164,14 @@ def _check_weight(weight: LogicalWeight, shape: tuple[int, ...]) -> None:
         rows, columns = shape
         _check_part(weight, Part.CODES, "F8_E4M3", shape)
         _check_part(weight, Part.SCALE_INV, "F32", scale_shape(rows, columns))
+    if weight.format is WeightFormat.FP8:
+        _check_part(weight, Part.CODES, "F8_E4M3", shape)
+        scale = _part(weight, Part.SCALE)
+        if scale.shape not in ((), (1,), shape[:1], (shape[0], 1)):
+            raise CheckError(
+                f"{scale.name}: shape {list(scale.shape)}, expected one scale, or one for each of "
+                f"the {shape[0]} rows"
+            )
 
 
 def _check_part(weight: LogicalWeight, part: Part, dtype: str, shape: tuple[int, ...]) -> None:

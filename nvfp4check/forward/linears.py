@@ -12,13 +12,15 @@ from dataclasses import dataclass
 import torch
 
 from nvfp4check.checkpoint.naming import LogicalWeight, Part, WeightFormat
+from nvfp4check.checkpoint.quant_config import QuantConfig
 from nvfp4check.dequantize import dequantize_fp8_block, dequantize_nvfp4
 from nvfp4check.findings import CheckError
 from nvfp4check.forward.bounds.linear import Input, InputForm
 from nvfp4check.forward.exact import FEW_ROWS, engine_operand, product_of_few
+from nvfp4check.forward.fp8_inputs import fp8_activations
 from nvfp4check.forward.meter import Meter
 from nvfp4check.forward.reading import RawParts, ReadAhead, as_stored
-from nvfp4ref import e4m3, fp8_block, matmul, nvfp4
+from nvfp4ref import e4m3, fp8, fp8_block, matmul, nvfp4
 from nvfp4ref.conventions import Convention
 from nvfp4ref.deepseek_v3.linear import (
     LinearMode,
@@ -27,6 +29,7 @@ from nvfp4ref.deepseek_v3.linear import (
 )
 from nvfp4ref.deepseek_v3.norm import arithmetic
 from nvfp4ref.formats import FP8_BLOCK
+from nvfp4ref.fp8 import Fp8Activations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +40,13 @@ class LinearSettings:
     device: torch.device
     #: Bytes of dequantised values held at one time.
     chunk: int
-    #: `scale_fmt` of a DeepSeek FP8 checkpoint is ue8m0.
-    power_of_two_scales: bool
+    #: What the checkpoint declares.
+    quantization: QuantConfig
+
+    @property
+    def power_of_two_scales(self) -> bool:
+        """Whether the scales of a DeepSeek FP8 checkpoint are powers of two."""
+        return self.quantization.scale_fmt == "ue8m0"
 
 
 class StreamedLinear:
@@ -72,7 +80,11 @@ class StreamedLinear:
         if stored and self._weight.format is WeightFormat.NVFP4 and Part.INPUT_SCALE in raw:
             return self._nvfp4_product(x, raw)
         if stored and self._weight.format is WeightFormat.FP8_BLOCK:
-            return self._fp8_product(x, raw)
+            return self._fp8_block_product(x, raw)
+        if stored and self._weight.format is WeightFormat.FP8:
+            activations = fp8_activations(self._weight, self._settings.quantization)
+            if activations is not Fp8Activations.NONE:
+                return self._fp8_product(x, raw, activations)
         a = x.to(arithmetic(x.dtype))
         product = self._by_rows(
             a, lambda rows: self._values(raw, rows, x.dtype).to(a.dtype), lambda w: a @ w.T
@@ -104,6 +116,11 @@ class StreamedLinear:
         if stored and format is WeightFormat.FP8_BLOCK:
             power_of_two = self._settings.power_of_two_scales
             return Input(InputForm.FP8_POWER_OF_TWO if power_of_two else InputForm.FP8)
+        if stored and format is WeightFormat.FP8:
+            raise CheckError(
+                f"{self._weight.name}: FP8 with one scale for many elements has no bounds here; "
+                "leave --bounds out, or give --mode weight-only"
+            )
         return Input(
             InputForm.PLAIN, pre_quant_scale=smooth, weight_rounds=format is not WeightFormat.BF16
         )
@@ -179,7 +196,23 @@ class StreamedLinear:
             raise CheckError(f"{name}: {float(decode)}, expected a positive number; run validate")
         return decode, encode
 
-    def _fp8_product(self, x: torch.Tensor, raw: RawParts) -> torch.Tensor:
+    def _fp8_product(
+        self, x: torch.Tensor, raw: RawParts, activations: Fp8Activations
+    ) -> torch.Tensor:
+        with self._meter.timing("quantize"):
+            if activations is Fp8Activations.PER_TOKEN:
+                a, a_scales = fp8.quantize_per_token(x)
+            else:
+                a_scales = self._input_scales(raw)[0]
+                a = fp8.quantize_static(x, a_scales)
+        elements, operand = self._tensor(raw, Part.CODES), a.double()
+        product = self._by_rows(
+            operand, lambda rows: elements[rows].to(torch.float64), lambda w: operand @ w.T
+        )
+        scales = fp8.row_scales(self._tensor(raw, Part.SCALE), len(elements))
+        return (product * a_scales.double() * scales.double()).to(x.dtype)
+
+    def _fp8_block_product(self, x: torch.Tensor, raw: RawParts) -> torch.Tensor:
         with self._meter.timing("quantize"):
             a, a_scales = quantize_fp8_activations(x, self._settings.power_of_two_scales)
         scales = self._tensor(raw, Part.SCALE_INV).to(torch.float32)
@@ -200,7 +233,12 @@ class StreamedLinear:
         if self._weight.format is WeightFormat.NVFP4:
             return self._nvfp4(raw, rows, self._scale(raw, Part.GLOBAL_SCALE), dtype)
         if self._weight.format is WeightFormat.FP8_BLOCK:
-            return self._fp8(raw, rows, dtype)
+            return self._fp8_block(raw, rows, dtype)
+        if self._weight.format is WeightFormat.FP8:
+            scales = fp8.row_scales(self._tensor(raw, Part.SCALE), self._weight.shape[0])
+            of_rows = scales[rows] if len(scales) > 1 else scales
+            values = self._tensor(raw, Part.CODES)[rows].to(torch.float32)
+            return (values * of_rows.unsqueeze(1)).to(dtype)
         return self._tensor(raw, Part.PLAIN)[rows].to(dtype)
 
     def _nvfp4(
@@ -217,7 +255,7 @@ class StreamedLinear:
         threads = torch.get_num_threads()
         return dequantize_nvfp4(codes, scales, scale, narrow, threads=threads).to(dtype)
 
-    def _fp8(self, raw: RawParts, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+    def _fp8_block(self, raw: RawParts, rows: slice, dtype: torch.dtype) -> torch.Tensor:
         height = FP8_BLOCK.block_shape[0]
         elements = self._tensor(raw, Part.CODES)[rows]
         blocks = slice(rows.start // height, -(-rows.stop // height))

@@ -127,7 +127,9 @@ def rows_of(weight: LogicalWeight, start: int, stop: int) -> LogicalWeight:
     for part, entry in weight.parts.items():
         if part is Part.SCALE_INV:
             parts[part] = entry_rows(entry, start // height, -(-stop // height))
-        elif part in (Part.CODES, Part.BLOCK_SCALES, Part.PLAIN):
+        elif part in (Part.CODES, Part.BLOCK_SCALES, Part.PLAIN) or (
+            part is Part.SCALE and entry.shape[:1] == weight.shape[:1]
+        ):
             parts[part] = entry_rows(entry, start, stop)
         else:
             parts[part] = entry

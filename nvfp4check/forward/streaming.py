@@ -23,6 +23,7 @@ from nvfp4check.checkpoint.opening import Checkpoint, open_checkpoint
 from nvfp4check.findings import CheckError
 from nvfp4check.forward.bounds.recording import roundings_of, write_bounds
 from nvfp4check.forward.budget import Budget, plan
+from nvfp4check.forward.fp8_inputs import check_fp8_inputs
 from nvfp4check.forward.head import Head, embed, write_logits
 from nvfp4check.forward.inventory import (
     EMBEDDING,
@@ -146,6 +147,8 @@ class _Pass:
         self.end = self.stop + len(self.predictors)
         check_weights(checkpoint, self.config, range(self.end))
         self.mode = mode_of(checkpoint, self.config, options.mode)
+        if self.mode is LinearMode.STORED:
+            check_fp8_inputs(checkpoint, self.config, range(self.end))
         self.cache_format = cache_format_of(checkpoint, options.kv_cache)
         self.forced = forced_run(options.routing, self.tokens)
         self.inputs = given_inputs(options.inputs, self.tokens)
@@ -165,6 +168,7 @@ class _Pass:
             self.config,
             torch.float64.itemsize if widest else torch.float32.itemsize,
             max(self.checkpoint.weights[name].nbytes for name in names),
+            len(self.options.bounds),
         )
 
     @property
@@ -210,7 +214,7 @@ class _Pass:
             mode=self.mode,
             device=self.device,
             chunk=self.budget.chunk,
-            power_of_two_scales=self.checkpoint.quantization.scale_fmt == "ue8m0",
+            quantization=self.checkpoint.quantization,
         )
         write_tensors(journal.run / TOKENS_FILE, self.tokens)
         begin = journal.done

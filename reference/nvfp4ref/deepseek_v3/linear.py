@@ -13,6 +13,8 @@ Contract:
       FP8 block  x in blocks of 128 along K, scale max(amax, 1e-4) / 448, its power of two above
                  if the checkpoint's scales are powers of two, E4M3 of x / scale; the product of
                  each block exact in float64, times both scales, summed in float64, rounded once
+      FP8        x quantised with the stored input scale, or with one for each token, as
+                 `nvfp4ref.fp8` says; the product exact in float64, times both scales, rounded once
     a weight without an input scale has no activations to quantise: STORED is WEIGHT_ONLY
 
 Sources: TensorRT-LLM and vLLM for alpha; DeepSeek-V3 inference/kernel.py, act_quant and fp8_gemm.
@@ -24,10 +26,11 @@ from typing import Protocol
 
 import torch
 
-from nvfp4ref import e4m3, fp8_block, matmul, nvfp4
+from nvfp4ref import e4m3, fp8, fp8_block, matmul, nvfp4
 from nvfp4ref.conventions import Convention
 from nvfp4ref.deepseek_v3.norm import arithmetic
 from nvfp4ref.formats import E4M3, FP8_BLOCK
+from nvfp4ref.fp8 import Fp8Activations
 
 #: Smallest amax an FP8 activation block is scaled by. DeepSeek-V3 inference/kernel.py.
 FP8_ACTIVATION_AMAX_FLOOR = 1e-4
@@ -133,6 +136,36 @@ class Fp8BlockLinear:
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the weight [N, K]."""
         return fp8_block.dequantize(self.weight, self.weight_scale_inv, dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fp8Linear:
+    """A weight in FP8 with one scale, or one for each row."""
+
+    weight: torch.Tensor
+    #: [], [1], [N] or [N, 1]
+    weight_scale: torch.Tensor
+    activations: Fp8Activations = Fp8Activations.NONE
+    #: Of STATIC: the multiplier that decodes.
+    input_scale: torch.Tensor | None = None
+    mode: LinearMode = LinearMode.STORED
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x [M, K] times the transposed weight, [M, N] in the dtype of x."""
+        if self.mode is not LinearMode.STORED or self.activations is Fp8Activations.NONE:
+            return multiply(x, self.dequantized(x.dtype))
+        if self.activations is Fp8Activations.PER_TOKEN:
+            a, a_scales = fp8.quantize_per_token(x)
+        elif self.input_scale is not None:
+            a, a_scales = fp8.quantize_static(x, self.input_scale), self.input_scale.reshape(())
+        else:
+            raise ValueError("static activations need an input_scale")
+        scales = fp8.row_scales(self.weight_scale, len(self.weight))
+        return fp8.product(a, a_scales, e4m3.decode(self.weight), scales).to(x.dtype)
+
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the weight [N, K]."""
+        return fp8.dequantize(self.weight, self.weight_scale, dtype)
 
 
 def quantize_fp8_activations(

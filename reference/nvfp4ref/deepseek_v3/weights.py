@@ -8,6 +8,9 @@ Contract of the formats, by the tensors beside `<module>.weight`:
     weight_packed, weight_global_scale    NVFP4 of compressed-tensors, both scales divide: the
                                           multiplier is their float32 reciprocal
     weight_scale_inv                      DeepSeek's FP8 in tiles of 128 x 128, it multiplies
+    weight_scale alone                    FP8 with one scale, or one for each row; it multiplies.
+                                          With input_scale the input is quantised by that, else as
+                                          the source is told
     nothing                               BF16, FP16 or float32
 """
 
@@ -20,6 +23,7 @@ from nvfp4ref.deepseek_v3.attention import AttentionWeights
 from nvfp4ref.deepseek_v3.config import DeepseekV3Config
 from nvfp4ref.deepseek_v3.linear import (
     Fp8BlockLinear,
+    Fp8Linear,
     Linear,
     LinearMode,
     Nvfp4Linear,
@@ -28,6 +32,7 @@ from nvfp4ref.deepseek_v3.linear import (
 from nvfp4ref.deepseek_v3.model import DecoderLayerWeights, ModelWeights
 from nvfp4ref.deepseek_v3.moe import Experts, GateWeights, MlpWeights, MoeWeights
 from nvfp4ref.deepseek_v3.mtp import MtpLayerWeights, MtpWeights
+from nvfp4ref.fp8 import Fp8Activations
 
 
 class WeightSource(Protocol):
@@ -143,10 +148,13 @@ class StateDict:
         tensors: Mapping[str, torch.Tensor],
         mode: LinearMode = LinearMode.STORED,
         power_of_two_scales: bool = False,
+        fp8_activations: Fp8Activations = Fp8Activations.NONE,
     ) -> None:
         self._tensors = tensors
         self._mode = mode
         self._power_of_two_scales = power_of_two_scales
+        #: Of FP8 weights that have no input scale.
+        self._fp8_activations = fp8_activations
 
     @property
     def names(self) -> list[str]:
@@ -212,6 +220,15 @@ class StateDict:
                 weight=weight,
                 weight_scale_inv=beside["weight_scale_inv"],
                 power_of_two_scales=self._power_of_two_scales,
+                mode=self._mode,
+            )
+        if f"{module}.weight_scale" in self._tensors:
+            static = "input_scale" in beside
+            return Fp8Linear(
+                weight=weight,
+                weight_scale=self.tensor(f"{module}.weight_scale"),
+                activations=Fp8Activations.STATIC if static else self._fp8_activations,
+                input_scale=_scalar(beside["input_scale"]) if static else None,
                 mode=self._mode,
             )
         return PlainLinear(weight)
