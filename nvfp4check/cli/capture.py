@@ -12,7 +12,6 @@ from nvfp4check.cli.command import command, make_app
 from nvfp4check.cli.exit_codes import ExitCode
 from nvfp4check.cli.options import OutputOption, PlainFormatOption, prepared_format, write
 from nvfp4check.cli.progress import progress_bar
-from nvfp4check.findings import CheckError
 from nvfp4check.report.render import render
 
 if TYPE_CHECKING:
@@ -28,6 +27,7 @@ class ServerName(StrEnum):
     VLLM = "vllm"
     SGLANG = "sglang"
     TRTLLM = "trtllm"
+    LLAMACPP = "llamacpp"
     OPENAI = "openai"
     STEPWISE = "stepwise"
 
@@ -62,8 +62,8 @@ def logprobs(
     server: Annotated[
         ServerName,
         typer.Option(
-            help="auto: by what it says. trtllm and stepwise: one request a token, for servers "
-            "that tell nothing of the prompt."
+            help="auto: by what it says. trtllm, llamacpp and stepwise: one request a token, for "
+            "servers that tell nothing of the prompt."
         ),
     ] = ServerName.AUTO,
     top: Annotated[
@@ -107,8 +107,6 @@ def logprobs(
     from nvfp4check.logprobs.dialects import Server
     from nvfp4check.tokens import read_prompts
 
-    if not base_url.startswith(("http://", "https://")):
-        raise CheckError(f"--base-url {base_url!r}: give an address with http:// or https://")
     client = Client(
         base_url=base_url,
         api_key=os.environ.get(api_key_env),

@@ -84,7 +84,7 @@ def capture_logprobs(
     if out.exists() and any(out.iterdir()) and not options.resume:
         raise CheckError(f"{out}: is not empty; give a new directory, or --resume")
     prompts = _with_tokens(prompts, options.tokenizer)
-    server = options.server or detect(client)
+    server = options.server or detect(client, options.model)
     dialect = DIALECTS[server](
         model=options.model, top=options.top, token_of_text=_texts(options.tokenizer)
     )

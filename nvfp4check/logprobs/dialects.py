@@ -4,8 +4,9 @@
     sglang    /generate with input_ids and logprob_start_len 0: likewise
     openai    /v1/completions with echo and logprobs: token_id:N or the tokens' texts
     stepwise  /v1/completions with logprobs, one request for each prefix: for servers that tell the
-              log-probabilities of what they generate and not of the prompt, as TensorRT-LLM's
-              trtllm-serve and llama.cpp's server do
+              log-probabilities of what they generate and not of the prompt
+    trtllm    stepwise: TensorRT-LLM's trtllm-serve echoes the text of a prompt, not its numbers
+    llamacpp  stepwise, with token ids, and a plain letter forced as what is generated
 
 Each gives, for position i, the distribution of the token after token i: the rows of a prompt and,
 for the last one, that of the token the server would generate.
@@ -29,6 +30,9 @@ TokenOfText = Callable[[str], int | None]
 
 _TOKEN_ID = "token_id:"
 
+#: Text that is one token of any vocabulary and a whole character.
+_LETTER = "a"
+
 #: A sum of probabilities may exceed 1 by rounding: 2,000 terms, each off by 2**-24.
 _SUM_SLACK = 2000 * 2.0**-24
 
@@ -39,29 +43,44 @@ class Server(StrEnum):
     VLLM = "vllm"
     SGLANG = "sglang"
     TRTLLM = "trtllm"
+    LLAMACPP = "llamacpp"
     OPENAI = "openai"
     STEPWISE = "stepwise"
 
 
-def detect(client: Client) -> Server:
+def detect(client: Client, model: str) -> Server:
     """Return the kind of server by what it says of its models.
 
+    SGLang and llama.cpp answer under any model's name, so the name is looked up here.
+
     Raises:
-        CheckError: It does not answer.
+        CheckError: It does not answer, or serves other models only.
     """
     document = client.get("/v1/models")
-    models = document.get("data") if isinstance(document, dict) else None
-    owners = {
-        str(model.get("owned_by", "")).lower() for model in models or [] if isinstance(model, dict)
-    }
+    listed = document.get("data") if isinstance(document, dict) else None
+    models = [entry for entry in listed or [] if isinstance(entry, dict)]
+    names = [str(entry["id"]) for entry in models if "id" in entry]
+    aliases = {alias for entry in models for alias in (entry.get("root"), *_aliases(entry))}
+    if names and model not in aliases.union(names) and model.partition(":")[0] not in names:
+        raise CheckError(
+            f"{client.root}: serves {', '.join(names[:5])}{' …' if len(names) > 5 else ''}, not "
+            f"{model}; give one of these as --model, or the kind of server by --server to ask it "
+            "all the same"
+        )
+    owners = {str(entry.get("owned_by", "")).lower() for entry in models}
     known = {
         "vllm": Server.VLLM,
         "sglang": Server.SGLANG,
         "tensorrt_llm": Server.TRTLLM,
         "tensorrt-llm": Server.TRTLLM,
-        "llamacpp": Server.STEPWISE,
+        "llamacpp": Server.LLAMACPP,
     }
     return next((known[owner] for owner in sorted(owners) if owner in known), Server.OPENAI)
+
+
+def _aliases(entry: Mapping[str, Any]) -> list[str]:
+    aliases = entry.get("aliases")
+    return [str(alias) for alias in aliases] if isinstance(aliases, list) else []
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,14 +236,56 @@ class Stepwise(Dialect):
                 raise ValueError(
                     "the server gives no log-probabilities; start it with them enabled"
                 )
-            rows.append(self.by_text(logprobs["top_logprobs"][0]))
+            rows.append(self.row(logprobs))
         return _checked(tokens, rows, followed=False)
+
+    def row(self, logprobs: Mapping[str, Any]) -> Distribution:
+        """Read the best tokens of one answer.
+
+        Entries by text hold one of several tokens with the same text, such as the parts of a
+        character. The token generated at temperature 0 is the best, and must be among them.
+        """
+        if not logprobs["top_logprobs"]:
+            raise ValueError(
+                f"the server gives the log-probability of what it generates alone, not of the "
+                f"best {self.top}; does it allow so many?"
+            )
+        entries = logprobs["top_logprobs"][0]
+        row = self.by_text(entries)
+        own, best = logprobs["tokens"][0], float(logprobs["token_logprobs"][0])
+        if max(map(float, entries.values()), default=best) < best:
+            raise ValueError(
+                f"the best token, with the text {own!r}, is not among the answer's: several tokens "
+                "have that text; a server that gives ids is needed"
+            )
+        return row
+
+
+class LlamaCpp(Stepwise):
+    """llama.cpp's server."""
+
+    def requests(self, tokens: Sequence[int]) -> list[tuple[str, dict[str, Any]]]:
+        """Ask for each prefix, and for a letter as the answer.
+
+        The server leaves the log-probabilities out where what it generates ends amid a character.
+        They are those of the model, before the bias.
+        """
+        return [
+            self.completion(tokens[:count], logit_bias=[[_LETTER, 1000]])
+            for count in range(1, len(tokens) + 1)
+        ]
+
+    def row(self, logprobs: Mapping[str, Any]) -> Distribution:
+        """Read the best tokens of one answer, which have ids."""
+        (generated,) = logprobs["content"]
+        return {int(entry["id"]): float(entry["logprob"]) for entry in generated["top_logprobs"]}
 
 
 DIALECTS: dict[Server, type[Dialect]] = {
     Server.VLLM: Vllm,
     Server.SGLANG: Sglang,
     Server.TRTLLM: Stepwise,
+    Server.LLAMACPP: LlamaCpp,
     Server.OPENAI: OpenAi,
     Server.STEPWISE: Stepwise,
 }

@@ -64,7 +64,9 @@ class Replay:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        )
         self._thread.start()
 
     def close(self) -> None:
@@ -104,6 +106,14 @@ def test_what_vllm_served_agrees_with_the_reference(
     assert candidate == pytest.approx(reference, rel=1e-6)
     # 20 of 1,024 tokens bound KL from below, so keeping a limit is not shown.
     assert result.verdict is Decision.UNDECIDED
+
+
+def test_a_model_that_the_server_lacks_is_named_before_it_is_asked(
+    server: Replay, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckError, match="serves tiny, not huge"):
+        capture_logprobs(client(server), PROMPTS, tmp_path / "a", CaptureOptions(model="huge"))
+    assert server.requests == []
 
 
 def test_what_vllm_served_in_bf16_is_told_from_nvfp4(
@@ -208,12 +218,15 @@ def test_a_refusal_is_not_repeated(server: Replay, tmp_path: Path) -> None:
     assert len(server.requests) == 1
 
 
-def test_the_key_is_sent(server: Replay, tmp_path: Path) -> None:
+def test_the_key_is_sent_and_written_nowhere(server: Replay, tmp_path: Path) -> None:
     capture_logprobs(
-        client(server, api_key="secret"), PROMPTS, tmp_path / "a", CaptureOptions(model="tiny")
+        client(server, api_key="hunter2"), PROMPTS, tmp_path / "a", CaptureOptions(model="tiny")
     )
 
-    assert set(server.keys) == {"Bearer secret"}
+    assert set(server.keys) == {"Bearer hunter2"}
+    written = [path for path in (tmp_path / "a").rglob("*") if path.is_file()]
+    assert len(written) == 3 + len(PROMPTS)
+    assert not any(b"hunter2" in path.read_bytes() for path in written)
 
 
 @pytest.mark.parametrize(
