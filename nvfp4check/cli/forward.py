@@ -63,6 +63,8 @@ class Dtype(StrEnum):
         'nvfp4check forward ./model --text "Hello, my name is" --activations all --out run',
         "nvfp4check forward ./model --prompts prompts.jsonl --logits topk:20 --out run --resume",
         "nvfp4check forward ./model --perturb ulp:bfloat16 --seed 1 --out noise",
+        "nvfp4check forward ./model --activations all --bounds float32,bfloat16 --out reference",
+        "nvfp4check forward ./model --dtype bfloat16 --inputs reference --out candidate",
     ),
 )
 def forward(
@@ -116,6 +118,23 @@ def forward(
             metavar="RUN", help="Force the experts that another run chose.", show_default=False
         ),
     ] = None,
+    bounds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPE[,…]",
+            help="How far a correct candidate of these dtypes may lie off, for `agree`: "
+            "float32, bfloat16, float16.",
+            show_default=False,
+        ),
+    ] = None,
+    inputs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN",
+            help="Begin each layer with the states of another run, to judge it on its own.",
+            show_default=False,
+        ),
+    ] = None,
     engine: EngineOption = EngineName.LOCAL,
     jobs: Annotated[
         int, typer.Option(metavar="N", min=1, help="Workers of a Ray cluster that is started here.")
@@ -131,6 +150,7 @@ def forward(
     """
     into = prepared_format(format, output)
 
+    from nvfp4check.forward.bounds.recording import parse_bounds
     from nvfp4check.forward.options import (
         Activations,
         Arithmetic,
@@ -154,6 +174,8 @@ def forward(
         perturbation=Perturbation.parse(perturb) if perturb else None,
         seed=seed,
         routing=routing,
+        bounds=parse_bounds(bounds) if bounds is not None else (),
+        inputs=inputs,
         max_memory=int(max_memory * 2**30),
         engine=make_expert_engine(engine, jobs),
         resume=resume,

@@ -7,7 +7,10 @@ dequantised weights.
 
 from dataclasses import dataclass
 
+import torch
+
 from nvfp4check.findings import CheckError
+from nvfp4check.forward.bounds.arithmetic import KINDS
 from nvfp4ref.deepseek_v3.attention import SCORES_AT_ONCE
 from nvfp4ref.deepseek_v3.config import DeepseekV3Config
 
@@ -32,16 +35,23 @@ class Budget:
 
 
 def plan(
-    max_memory: int, lengths: list[int], config: DeepseekV3Config, itemsize: int, largest: int
+    max_memory: int,
+    lengths: list[int],
+    config: DeepseekV3Config,
+    itemsize: int,
+    largest: int,
+    arithmetics: int = 0,
 ) -> Budget:
     """Return the budget of a run over prompts of these lengths.
 
-    `itemsize` is that of the arithmetic, `largest` the bytes of the largest stored weight.
+    `itemsize` is that of the arithmetic, `largest` the bytes of the largest stored weight,
+    `arithmetics` the number of those that bounds are derived for.
 
     Raises:
         CheckError: The activations alone leave no room for a weight.
     """
     fixed = PROCESS_BYTES + _activations(lengths, config, itemsize)
+    fixed += _bounds(lengths, config, arithmetics)
     least = fixed + largest + 2 * _MOST_CHUNK
     if least > max_memory:
         raise CheckError(
@@ -51,6 +61,19 @@ def plan(
         )
     room = max_memory - fixed - 2 * _MOST_CHUNK
     return Budget(ahead=min(_MOST_AHEAD, max(room // 2, largest)), chunk=_MOST_CHUNK)
+
+
+def _bounds(lengths: list[int], config: DeepseekV3Config, arithmetics: int) -> int:
+    """Return what the errors take that are carried beside the values, in float64."""
+    if not arithmetics:
+        return 0
+    tokens, heads = sum(lengths), config.num_attention_heads
+    inner = max(config.intermediate_size, config.moe_intermediate_size)
+    # The stream, both norms and the experts' sums; queries and their rotation; heads; an MLP.
+    stream = 10 * config.hidden_size
+    attention = heads * (3 * config.qk_head_dim + 2 * config.v_head_dim)
+    errors = tokens * (stream + attention + 4 * inner)
+    return torch.float64.itemsize * (errors * (1 + KINDS * arithmetics) + SCORES_AT_ONCE)
 
 
 def _activations(lengths: list[int], config: DeepseekV3Config, itemsize: int) -> int:
