@@ -12,6 +12,9 @@ _WAYS = {
     "direct": "",
     "fp8-128x128": " by way of FP8 128x128",
     "fp8-128x128-ue8m0": " by way of FP8 128x128 with ue8m0 scales",
+    "smoothed": " divided by the pre_quant_scale that is stored",
+    "smoothed-by-the-linear": " with factors moved between it and the linear before or behind",
+    "smoothed-by-the-norm": " divided by what the norm before it was multiplied by",
 }
 
 _COPIED = {
@@ -97,6 +100,8 @@ def _percent(part: int, whole: int) -> str:
 
 
 def _convention(fits: list[Mapping[str, Any]]) -> str:
+    if not fits:
+        return "All were smoothed, so the convention that made them cannot be told."
     best = fits[0]
     differs = best["scale_bytes"] + best["codes"]
     alike = [fit["convention"] for fit in fits[1:] if fit["scale_bytes"] + fit["codes"] == differs]

@@ -7,6 +7,9 @@ edges         blocks of zeros and at the ends of the range, by the reference
 sources       the base's values by rows
 by_fp8        the same, taken through FP8 128 x 128
 weights       one quantised weight, streamed by pieces of rows
+smoothing     columns divided by what their input is multiplied by, as AWQ does
+fitted        the same, where the factors are in the linear before and stored nowhere
+norms         whether all that a changed norm feeds undoes the change
 copies        one weight that should have been copied
 pairs         which weight is held against which, and how
 results       what is found in one weight, in plain numbers

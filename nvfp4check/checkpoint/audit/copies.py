@@ -6,6 +6,8 @@ Contract:
                  to the copy's dtype
     cast         the base is plain, of another dtype: each value rounded once, to nearest even
     by FP8       the base is bfloat16, and so is the copy: the base's values taken through FP8
+    smoothed     the norm before it was multiplied by factors, and the copy's columns were divided
+                 by them: each element within the roundings of that (`smoothing`)
     converted    the base is bfloat16, the copy FP8 128 x 128: it means what the base does when
                  taken through FP8
     different    none of these; elements that differ from the one that fits best are counted
@@ -18,6 +20,7 @@ import numpy as np
 import torch
 
 from nvfp4check.checkpoint.audit.results import Copied, CopyAudit, Way
+from nvfp4check.checkpoint.audit.smoothing import Smoothing
 from nvfp4check.checkpoint.audit.sources import (
     PLAIN_DTYPES,
     Array,
@@ -25,18 +28,24 @@ from nvfp4check.checkpoint.audit.sources import (
     Source,
     matrix_shape,
     row_pieces,
+    why_no_source,
 )
 from nvfp4check.checkpoint.header import TensorEntry
 from nvfp4check.checkpoint.naming import LogicalWeight, Part, WeightFormat
 
 
 def audit_copy(
-    reader: Reader, weight: LogicalWeight, base_reader: Reader, base: LogicalWeight
+    reader: Reader,
+    weight: LogicalWeight,
+    base_reader: Reader,
+    base: LogicalWeight,
+    smoothing: Smoothing | None = None,
 ) -> CopyAudit:
-    """Audit one copied weight.
+    """Audit one copied weight, which may undo what a smoothing did to the norm before it.
 
     Raises:
         StorageError: Bytes cannot be read.
+        ValueError: The factors are no positive, finite numbers.
     """
     ways = tuple(_ways(weight, base))
     best: CopyAudit | None = None
@@ -50,7 +59,34 @@ def audit_copy(
         if best is None or found.different < best.different:
             best = found
     assert best is not None
+    if smoothing is not None and weight.format in PLAIN_DTYPES and why_no_source(base) is None:
+        smoothed = _smoothed(reader, weight, base_reader, base, smoothing)
+        if not smoothed.different:
+            return smoothed
     return best
+
+
+def _smoothed(
+    reader: Reader,
+    weight: LogicalWeight,
+    base_reader: Reader,
+    base: LogicalWeight,
+    smoothing: Smoothing,
+) -> CopyAudit:
+    """Count elements farther from the base's, divided by the factors, than roundings allow."""
+    rows, columns = matrix_shape(weight)
+    factors = smoothing.factors(reader, base_reader, columns)
+    mine, theirs = Source(reader, weight), Source(base_reader, base, factors=factors)
+    slack = smoothing.slack(mine.stored_dtype)
+    different, first = 0, None
+    for start, stop in row_pieces(rows, columns):
+        expected = theirs.tensor(start, stop, torch.float64)
+        error = (mine.tensor(start, stop, torch.float64) - expected).abs()
+        unlike = ~(error <= slack * expected.abs())
+        different += int(unlike.sum())
+        if first is None and bool(unlike.any()):
+            first = start * columns + int(unlike.flatten().int().argmax())
+    return _audited(weight, base, Copied.SMOOTHED, different, first=first)
 
 
 def _ways(weight: LogicalWeight, base: LogicalWeight) -> Iterator[tuple[Copied, Way]]:

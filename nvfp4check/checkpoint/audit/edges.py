@@ -5,6 +5,7 @@ Contract:
     good       a code that some convention makes, or that decodes to within the reach of rounding
     rounding   as in `kernel`; under scale 0 everything decodes to 0, which is right where some
                convention makes the scale 0, or the block is zero
+    slack      as in `smoothing`
     not finite elements of the base that are NaN or infinite are counted, and their block is not
                judged
 """
@@ -38,8 +39,13 @@ def judge_edges(
     scales: torch.Tensor,
     global_decode: torch.Tensor,
     global_encode: torch.Tensor,
+    slack: float = 0.0,
 ) -> EdgeFindings:
-    """Judge blocks x [n, 16] in their dtype, codes uint8 [n, 16], scales float8_e4m3fn [n, 1]."""
+    """Judge blocks x [n, 16] in their dtype, codes uint8 [n, 16], scales float8_e4m3fn [n, 1].
+
+    With `slack`, x is what was quantised but for that relative distance: what some convention makes
+    of a value so much smaller or larger is right too.
+    """
     stored = scales.view(torch.uint8)
     finite = x.float().isfinite()
     whole = finite.all(1, keepdim=True)
@@ -58,6 +64,26 @@ def judge_edges(
         code_differs[place] = int((elements != codes).sum())
         explained |= made == stored
         made_codes |= elements == codes
+        if slack:
+            least, most = (
+                nvfp4.quantize_block_scales(
+                    x * (1 + side), global_decode, convention, global_encode_scale=global_encode
+                ).view(torch.uint8)
+                for side in (-slack, slack)
+            )
+            explained |= (least <= stored) & (stored <= most)
+            below, above = (
+                nvfp4.quantize_elements(
+                    x * (1 + side),
+                    scales,
+                    global_decode,
+                    convention,
+                    global_encode_scale=global_encode,
+                )
+                for side in (-slack, slack)
+            )
+            between = ((below & 7) <= (codes & 7)) & ((codes & 7) <= (above & 7))
+            made_codes |= between & ((codes >> 3 == above >> 3) | (codes & 7 == 0))
     units = e4m3.decode(scales).double() * global_decode.double()
     values = x.double()
     decoded = e2m1.decode(codes).double() * units
@@ -67,7 +93,8 @@ def judge_edges(
     zero_scale = units == 0
     # Under scale 0 no code matters: what counts is whether the scale may be 0.
     right = torch.where(zero_scale, explained | (error == 0) | ~whole, right)
-    beyond = ~right & (distance > 1 + ZONE)
+    reach = torch.where(units > 0, (values.abs() / units).clamp_min(1), 1.0)
+    beyond = ~right & (distance > 1 + (ZONE + slack) * reach)
     wrong = distance[beyond & distance.isfinite()]
     return EdgeFindings(
         scale_differs=scale_differs,

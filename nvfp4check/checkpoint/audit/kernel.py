@@ -5,7 +5,7 @@ Contract:
     nearest    the stored magnitude is that of E2M1 nearest to q, or one of two whose midpoint lies
                within `numbers.ZONE` of q; the sign is the element's
     off        not nearest, and within u of x: half the widest step of E2M1, what any rounding to a
-               neighbour of the widest step may be off
+               neighbour of the widest step may be off, and the zone, relative to x
     beyond     farther than u from x; or saturated under the largest scale byte, 0x7E, though the
                global scale should have held it
     explained  the scale byte is what some convention makes of the block's amax, or a tie away
@@ -30,7 +30,6 @@ from nvfp4check.checkpoint.audit.numbers import (
     MIDPOINTS,
     SCALE_WAYS,
     SCALES,
-    ZONE,
 )
 from nvfp4check.checkpoint.audit.vector import bits_of, float_of, look_at_block, ones_of
 from nvfp4ref.conventions import IdealScale, ZeroScale
@@ -183,7 +182,7 @@ def _judge_scale(
     byte: int, amax_bits: Any, numbers: Any, counts: Any, scale_differs: Any
 ) -> tuple[bool, bool]:
     """Hold a scale byte against every way; say whether it is explained, and whether it clips."""
-    _, _, _, sure, outside, decode_encode, dtype = numbers
+    _, _, _, sure, outside, decode_encode, dtype, _ = numbers
     amax = float_of(amax_bits)
     explained = outside[byte, 0] <= amax_bits <= outside[byte, 1]
     is_sure = sure[byte, 0] <= amax_bits <= sure[byte, 1]
@@ -212,7 +211,7 @@ def _judge_near(
     bits: Any, code: Any, byte: int, numbers: Any, counts: Any, code_differs: Any
 ) -> None:
     """Decide an element at a tie, or a zero, by exact arithmetic and by every convention's."""
-    units, _, _, _, _, decode_encode, _ = numbers
+    units, _, _, _, _, decode_encode, _, zone = numbers
     magnitude_bits = U(bits & U(0x7FFFFFFF))
     stored = U(code & U(7))
     if magnitude_bits == U(0):
@@ -231,7 +230,7 @@ def _judge_near(
     exact = np.float64(magnitude)
     for step in range(7):
         tie = MIDPOINTS[step] * unit
-        if abs(exact - tie) <= 4 * ZONE * tie:
+        if abs(exact - tie) <= 4 * zone * tie:
             if exact == tie:
                 counts[_EXACT] += 1
             else:
@@ -243,7 +242,14 @@ def _judge_near(
 
 @jit
 def _judge_wrong(
-    bits: Any, code: Any, place: int, unit: float, counts: Any, places: Any, worst: Any
+    bits: Any,
+    code: Any,
+    place: int,
+    unit: float,
+    zone: float,
+    counts: Any,
+    places: Any,
+    worst: Any,
 ) -> None:
     """Measure how far an element that is not nearest lies from what its code means."""
     value = np.float64(float_of(bits))
@@ -252,7 +258,7 @@ def _judge_wrong(
         meant = -meant
     distance = abs(value - meant) / unit
     worst[0] = max(worst[0], distance)
-    kind = 1 if distance > 1 + ZONE else 0
+    kind = 1 if distance > 1 + zone * max(1.0, abs(value) / unit) else 0
     counts[_BEYOND if kind else _OFF] += 1
     if places[kind] < 0:
         places[kind] = place
@@ -285,7 +291,7 @@ def audit_rows(
         edge_blocks: Room for the numbers of all these blocks.
         extreme: List every block as an edge.
     """
-    units, factors, inside, _, outside, _, _ = numbers
+    units, factors, inside, _, outside, _, _, zone = numbers
     counts, scale_differs, code_differs, zero_blocks, places, worst = tallies
     columns = scales.shape[1]
     largest = W(0)
@@ -340,7 +346,7 @@ def audit_rows(
                         for scaling in range(_SCALINGS):
                             code_differs[scaling] += 1
                         place = (first_row + row) * columns * BLOCK_SIZE + BLOCK_SIZE * block + lane
-                        _judge_wrong(bits, code, place, units[byte], counts, places, worst)
+                        _judge_wrong(bits, code, place, units[byte], zone, counts, places, worst)
                     else:
                         _judge_near(bits, code, byte, numbers, counts, code_differs)
             if not explained and masks & W(0xFFFF) == W(0):

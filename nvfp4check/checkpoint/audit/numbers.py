@@ -5,6 +5,7 @@ Contract:
             exact arithmetic and not at a glance: 16 float32 roundings of 2**-24. Eight are those
             of the longest convention with reciprocals good to one ulp (`nvfp4ref.ties`), one is
             that of the glance's product, four are its addition of 1 at the smallest midpoint, 1/4
+    glance  ZONE, and what smoothing leaves unknown of the values (`smoothing`)
     slack   relative error of the global scale beyond that: one ulp of float32; three roundings of
             the weight's dtype where the producer divides in it (compressed-tensors)
     bounds  amax of a block between which every convention gives its scale byte (`inside`), every
@@ -72,7 +73,8 @@ SCALE_WAYS = np.array(
 LEAST_SCALES = np.array([least or 0.0 for _, least, _ in _SCALE_WAYS], np.float32)
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+#: Unit roundoff: half the distance from 1 to the number above it.
+ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 Array = npt.NDArray[Any]
 
@@ -94,34 +96,43 @@ class Numbers:
     dtype: int
     #: Whether products of scales leave the normal range of float32: the reference decides all.
     extreme: bool
+    #: Relative distance from a midpoint within which an element is on either side.
+    zone: float
 
 
 def numbers_for(
-    global_decode: torch.Tensor, global_encode: torch.Tensor, dtype: torch.dtype, *, in_dtype: bool
+    global_decode: torch.Tensor,
+    global_encode: torch.Tensor,
+    dtype: torch.dtype,
+    *,
+    in_dtype: bool,
+    slack: float = 0.0,
 ) -> Numbers:
     """Make the tables of a weight of some dtype under its global scale, in both directions.
 
-    `in_dtype` says that the producer divides in the dtype of the weight.
+    `in_dtype` says that the producer divides in the dtype of the weight, `slack` how far, relative
+    to an element, the values may be from those that were quantised.
     """
+    glance = ZONE + slack
     decode = float(global_decode)
     scales = e4m3.decode(torch.arange(SCALES, dtype=torch.uint8)).double().numpy()
     units = scales * decode
     with np.errstate(divide="ignore", over="ignore"):
         inverse = 1.0 / units
-        factors = np.stack([inverse * (1 - ZONE), inverse * (1 + ZONE)], axis=1)
+        factors = np.stack([inverse * (1 - glance), inverse * (1 + glance)], axis=1)
         factors = factors.astype(np.float32)
-    wide = 3 * _ROUNDOFF[dtype] if in_dtype else 0.0
+    wide = 3 * ROUNDOFF[dtype] if in_dtype else 0.0
     # compressed-tensors rounds a sixth of the amax to the weight's dtype.
-    zone = ZONE + _ROUNDOFF[dtype]
+    zone = glance + ROUNDOFF[dtype]
     middle = np.array(e4m3.MIDPOINTS[:_LARGEST]) * E2M1.max * decode
-    full = scales[_LARGEST] * E2M1.max * decode * (1 + ZONE + _ULP + wide)
+    full = scales[_LARGEST] * E2M1.max * decode * (1 + glance + _ULP + wide)
     lower = np.append(0.0, middle)
     inside = _bits(lower * (1 + zone), np.append(middle * (1 - zone), full), inward=True)
-    sure = _bits(lower * (1 + ZONE), np.append(middle * (1 - ZONE), full), inward=True)
+    sure = _bits(lower * (1 + glance), np.append(middle * (1 - glance), full), inward=True)
     # Below 2**-6 conventions with a least scale differ from the others.
     for bounds in (sure, inside):
         bounds[:_LEAST_NORMAL] = np.iinfo(np.uint32).max, 0
-    outside = _bits(lower * (1 - ZONE), np.append(middle * (1 + ZONE), full), inward=False)
+    outside = _bits(lower * (1 - glance), np.append(middle * (1 + glance), full), inward=False)
     return Numbers(
         units=units,
         factors=factors,
@@ -131,6 +142,7 @@ def numbers_for(
         globals=np.array([decode, float(global_encode)], np.float32),
         dtype=_DTYPES[dtype],
         extreme=not _LEAST_GLOBAL <= decode <= _LARGEST_GLOBAL,
+        zone=glance,
     )
 
 

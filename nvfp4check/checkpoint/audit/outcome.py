@@ -58,14 +58,20 @@ class AuditOutcome:
 
     @property
     def fits(self) -> tuple[ConventionFit, ...]:
-        """Every convention, the best first; of equals, those of the layout's producer."""
+        """Every convention, the best first; of equals, those of the layout's producer.
+
+        None where all weights were smoothed: which values exactly were quantised is not known.
+        """
+        exact = [weight for weight in self.native if not weight.slack]
+        if not exact:
+            return ()
         own = _OWN.get(self.layout, ())
         found = [
             ConventionFit(
                 convention=convention.value,
-                scale_bytes=sum(w.scale_differs[convention] for w in self.native),
-                codes=sum(w.code_differs[convention] for w in self.native),
-                weights=sum(w.differs(convention) == 0 for w in self.native),
+                scale_bytes=sum(w.scale_differs[convention] for w in exact),
+                codes=sum(w.code_differs[convention] for w in exact),
+                weights=sum(w.differs(convention) == 0 for w in exact),
             )
             for convention in Convention
         ]
@@ -111,7 +117,7 @@ class AuditOutcome:
                     "codes": fit.codes,
                     "weights": fit.weights,
                 }
-                for fit in (self.fits if self.native else ())
+                for fit in self.fits
             ],
             "copied": {how.value: copied[how] for how in Copied if copied[how]},
             "foreign": [foreign.to_json() for _, foreign in sorted(self.foreign.items())],

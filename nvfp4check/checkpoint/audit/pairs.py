@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from nvfp4check.checkpoint.audit.smoothing import Smoothing, Smoothings
 from nvfp4check.checkpoint.audit.sources import PLAIN_DTYPES, why_no_source
 from nvfp4check.checkpoint.naming import LogicalWeight, Part, WeightFormat
 from nvfp4check.checkpoint.opening import Checkpoint
@@ -27,6 +28,7 @@ class Pair:
     weight: LogicalWeight
     base: LogicalWeight
     kind: Kind
+    smoothing: Smoothing | None = None
 
     @property
     def nbytes(self) -> int:
@@ -52,6 +54,7 @@ class Pairing:
 def pair_weights(checkpoint: Checkpoint, base: Checkpoint) -> Pairing:
     """Pair the weights of a checkpoint with those of its base by name."""
     found = Pairing()
+    smoothings = Smoothings(checkpoint, base)
     for name, weight in checkpoint.weights.items():
         if weight.format is WeightFormat.KV_SCALE:
             continue
@@ -64,12 +67,17 @@ def pair_weights(checkpoint: Checkpoint, base: Checkpoint) -> Pairing:
             found.hindered[name] = why
             continue
         kind = Kind.COPIED
+        try:
+            smoothing = smoothings.of(weight)
+        except (ValueError, StorageError) as error:
+            found.hindered[name] = f"the factors that its columns were divided by: {error}"
+            continue
         if weight.format is WeightFormat.NVFP4:
             if other.format is WeightFormat.NVFP4:
                 found.quantized_before.append(name)
             else:
                 kind = Kind.QUANTIZED
-        found.pairs.append(Pair(weight, other, kind))
+        found.pairs.append(Pair(weight, other, kind, smoothing))
     found.missing = [
         name
         for name, weight in base.weights.items()
@@ -81,8 +89,6 @@ def pair_weights(checkpoint: Checkpoint, base: Checkpoint) -> Pairing:
 def _why_not(checkpoint: Checkpoint, weight: LogicalWeight, base: LogicalWeight) -> str | None:
     if weight.shape != base.shape:
         return f"its shape {list(weight.shape)} is not the base's {list(base.shape)}"
-    if Part.PRE_QUANT_SCALE in weight.parts:
-        return "AWQ scaled its columns before quantising"
     if weight.format is base.format:
         return None
     if weight.format is WeightFormat.NVFP4:

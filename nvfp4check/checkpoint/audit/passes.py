@@ -122,7 +122,7 @@ def _audit_item(pairs: Sequence[Pair]) -> list[Audited]:
     for pair in pairs:
         audit = audit_weight if pair.kind is Kind.QUANTIZED else audit_copy
         try:
-            found.append(audit(reader, pair.weight, base_reader, pair.base))
+            found.append(audit(reader, pair.weight, base_reader, pair.base, pair.smoothing))
         except StorageError as error:
             raise CheckError(f"{pair.weight.name}: its bytes cannot be read: {error}") from error
     return found

@@ -17,6 +17,9 @@ class Way(StrEnum):
     DIRECT = "direct"
     FP8 = "fp8-128x128"
     FP8_UE8M0 = "fp8-128x128-ue8m0"
+    SMOOTHED = "smoothed"
+    SMOOTHED_BY_NORM = "smoothed-by-the-norm"
+    SMOOTHED_BY_LINEAR = "smoothed-by-the-linear"
 
 
 class Copied(StrEnum):
@@ -27,6 +30,7 @@ class Copied(StrEnum):
     CAST = "cast"
     BY_FP8 = "by way of FP8"
     CONVERTED = "converted to FP8"
+    SMOOTHED = "smoothed"
     DIFFERENT = "different"
 
 
@@ -44,6 +48,8 @@ class CopyAudit:
     first: int | None = None
     #: The stored tensor that differs.
     tensor: str | None = None
+    #: What else is to be said of the difference.
+    remark: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON from which `from_json` makes the same."""
@@ -87,6 +93,10 @@ class WeightAudit:
     first_strange: int | None
     #: Elements of which more than a quarter of all signs differ, where no row could be judged.
     strange_signs: bool
+    #: Relative distance of the base's values, smoothed, from those that were quantised.
+    slack: float = 0.0
+    #: Whether its columns were divided by what the norm before was multiplied by.
+    undoes_norm: bool = False
 
     @property
     def blocks(self) -> int:

@@ -2,6 +2,7 @@
 
 Contract:
     bf16, f16, f32  as stored; float16 is widened to float32, which is exact
+    smoothed        float32: each element divided by its column's factor (`smoothing`)
     by way of FP8   bfloat16 taken through FP8 128 x 128 (`by_fp8`), for a checkpoint that was made
                     from an FP8 conversion of its base
     fp8-block       element * scale of its 128 x 128 block, rounded to float32, then to bfloat16,
@@ -102,8 +103,17 @@ def why_no_source(weight: LogicalWeight) -> str | None:
 class Source:
     """The values of one base weight."""
 
-    def __init__(self, reader: Reader, weight: LogicalWeight, way: Way = Way.DIRECT) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        weight: LogicalWeight,
+        way: Way = Way.DIRECT,
+        factors: npt.NDArray[np.float64] | None = None,
+        row_factors: npt.NDArray[np.float64] | None = None,
+    ) -> None:
         """Take a weight for which `why_no_source` has nothing to say.
+
+        Its columns are divided by factors, and its rows multiplied.
 
         Raises:
             ValueError: The way needs bfloat16, and the weight is stored otherwise.
@@ -115,7 +125,10 @@ class Source:
         self._weight = weight
         self.rows, self.columns = matrix_shape(weight)
         self.is_fp8 = weight.format is WeightFormat.FP8_BLOCK
-        self.dtype = torch.bfloat16 if self.is_fp8 else PLAIN_DTYPES[weight.format]
+        self.stored_dtype = torch.bfloat16 if self.is_fp8 else PLAIN_DTYPES[weight.format]
+        self.dtype = self.stored_dtype if factors is None else torch.float32
+        self._inverse = None if factors is None else torch.from_numpy(1 / factors).float()
+        self._by_row = None if row_factors is None else torch.from_numpy(row_factors).float()
         self._room: torch.Tensor | None = None
 
     def words(self, start: int, stop: int) -> Array:
@@ -123,6 +136,11 @@ class Source:
 
         What is returned holds until the next call.
         """
+        if self._inverse is not None:
+            smoothed = self._unsmoothed(start, stop) * self._inverse
+            if self._by_row is not None:
+                smoothed *= self._by_row[start:stop, None]
+            return smoothed.numpy().view(np.uint32)
         if self.is_fp8:
             return (
                 self._dequantized(start, stop, torch.bfloat16)
@@ -142,9 +160,17 @@ class Source:
             words = words.astype(np.float32).view(np.uint32)
         return words
 
+    def _unsmoothed(self, start: int, stop: int) -> torch.Tensor:
+        """Give rows as float32, their columns not divided."""
+        if self.is_fp8:
+            return self._dequantized(start, stop, torch.bfloat16).float()
+        entry = self._weight.parts[Part.PLAIN]
+        data = self._reader.rows(entry, start, stop, self.columns * self.stored_dtype.itemsize)
+        return _tensor(data).view(self.stored_dtype).float()
+
     def tensor(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         """Give the values of rows in a dtype, rounded once to it."""
-        if self.is_fp8:
+        if self.is_fp8 and self._inverse is None:
             return self._dequantized(start, stop, dtype)
         return self.values(self.words(start, stop)).to(dtype)
 

@@ -11,6 +11,7 @@ Contract:
                 themselves (`kernel`), as where ranks of a sharded export changed places
 """
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from nvfp4check.checkpoint.audit.numbers import (
     numbers_for,
 )
 from nvfp4check.checkpoint.audit.results import Way, WeightAudit
+from nvfp4check.checkpoint.audit.smoothing import Smoothing
 from nvfp4check.checkpoint.audit.sources import (
     Reader,
     Source,
@@ -92,41 +94,113 @@ class _Tallies:
         )
 
 
-def audit_weight(
-    reader: Reader, weight: LogicalWeight, base_reader: Reader, base: LogicalWeight
-) -> WeightAudit:
-    """Audit one NVFP4 weight against its base.
+@dataclass(frozen=True, slots=True)
+class Factored:
+    """What columns were divided by, and rows multiplied by, before a weight was quantised."""
 
-    One that is not nearest to a bfloat16 base is held against the base's FP8 conversion too.
+    way: Way
+    #: As in `smoothing`.
+    slack: float
+    columns: npt.NDArray[np.float64]
+    rows: npt.NDArray[np.float64] | None = None
+    #: Whether the columns' factors are those by which the norm before was multiplied.
+    undoes_norm: bool = False
+
+
+def audit_weight(
+    reader: Reader,
+    weight: LogicalWeight,
+    base_reader: Reader,
+    base: LogicalWeight,
+    smoothing: Smoothing | None = None,
+) -> WeightAudit:
+    """Audit one NVFP4 weight against its base, its columns divided by the factors of a smoothing.
+
+    One that is not nearest to a bfloat16 base is held against the base's FP8 conversion too. Where
+    the norm before it differs from the base's, the weight may undo that or not; that it does is
+    tried second, as it allows for more roundings.
 
     Raises:
         StorageError: Bytes cannot be read.
+        ValueError: The factors are no positive, finite numbers.
     """
-    found = _audit(reader, weight, base_reader, base, Way.DIRECT)
+    pair = reader, weight, base_reader, base
+    stored = None if smoothing is None else smoothing.without_norm
+    if stored is None:
+        found = _audit(*pair, Way.DIRECT)
+    else:
+        found = audit_factored(*pair, _factored(reader, base_reader, base, stored))
+    if smoothing is not None and smoothing.norm is not None and found.wrong:
+        undone = audit_factored(*pair, _factored(reader, base_reader, base, smoothing))
+        if undone.wrong < found.wrong:
+            return undone
+    if stored is not None:
+        return found
     if base.format is not WeightFormat.BF16 or not found.wrong or found.is_strange:
         return found
     for way in (Way.FP8, Way.FP8_UE8M0):
-        other = _audit(reader, weight, base_reader, base, way)
+        other = _audit(*pair, way)
         if not other.wrong:
             return other
     return found
 
 
+def _factored(
+    reader: Reader, base_reader: Reader, base: LogicalWeight, smoothing: Smoothing
+) -> Factored:
+    columns = smoothing.factors(reader, base_reader, matrix_shape(base)[1])
+    return Factored(
+        Way.SMOOTHED if smoothing.norm is None else Way.SMOOTHED_BY_NORM,
+        smoothing.slack(Source(base_reader, base).stored_dtype),
+        columns,
+        undoes_norm=smoothing.norm is not None,
+    )
+
+
+def audit_factored(
+    reader: Reader,
+    weight: LogicalWeight,
+    base_reader: Reader,
+    base: LogicalWeight,
+    factored: Factored,
+) -> WeightAudit:
+    """Audit a weight against its base's values after a smoothing.
+
+    Raises:
+        StorageError: Bytes cannot be read.
+    """
+    source = Source(base_reader, base, factors=factored.columns, row_factors=factored.rows)
+    found = _audited_from(source, reader, weight, base, factored.way, factored.slack)
+    return replace(found, undoes_norm=factored.undoes_norm)
+
+
 def _audit(
     reader: Reader, weight: LogicalWeight, base_reader: Reader, base: LogicalWeight, way: Way
 ) -> WeightAudit:
-    source = Source(base_reader, base, way)
+    return _audited_from(Source(base_reader, base, way), reader, weight, base, way, 0.0)
+
+
+def _audited_from(
+    source: Source,
+    reader: Reader,
+    weight: LogicalWeight,
+    base: LogicalWeight,
+    way: Way,
+    slack: float,
+) -> WeightAudit:
+    rows, columns = matrix_shape(weight)
     decode, encode = stored_global_scales(reader.checkpoint, weight)
     in_dtype = weight.layout is Layout.COMPRESSED_TENSORS
-    numbers = numbers_for(decode, encode, source.dtype, in_dtype=in_dtype)
-    rows, columns = matrix_shape(weight)
+    numbers = numbers_for(decode, encode, source.stored_dtype, in_dtype=in_dtype, slack=slack)
     tallies = _Tallies(rows)
     for start, stop in row_pieces(rows, columns):
         codes = reader.rows(weight.parts[Part.CODES], start, stop, columns // 2)
         scales = reader.rows(weight.parts[Part.BLOCK_SCALES], start, stop, columns // BLOCK_SIZE)
-        _audit_piece(source, start, stop, (codes, scales), (decode, encode), numbers, tallies)
+        _audit_piece(
+            source, start, stop, (codes, scales), (decode, encode), numbers, tallies, slack
+        )
     _add_zero_blocks(tallies, source.dtype, decode, encode)
-    return _audited(weight, base, way, source, tallies, reader.checkpoint, float(decode))
+    return _audited(weight, base, way, source, tallies, reader.checkpoint, float(decode), slack)
 
 
 def _audit_piece(
@@ -137,6 +211,7 @@ def _audit_piece(
     globals_: tuple[torch.Tensor, torch.Tensor],
     numbers: Numbers,
     tallies: _Tallies,
+    slack: float,
 ) -> None:
     codes, scales = stored
     words = source.words(start, stop)
@@ -154,6 +229,7 @@ def _audit_piece(
             numbers.outside,
             numbers.globals,
             numbers.dtype,
+            numbers.zone,
         ),
         tallies.for_kernel,
         tallies.row_signs[start:stop],
@@ -171,6 +247,7 @@ def _audit_piece(
             torch.from_numpy(np.stack([packed & 15, packed >> 4], axis=-1).reshape(-1, BLOCK_SIZE)),
             torch.from_numpy(scales.reshape(-1)[places][:, None]).view(torch.float8_e4m3fn),
             *globals_,
+            slack,
         )
         tallies.scale_differs += found.scale_differs
         tallies.code_differs += found.code_differs
@@ -222,6 +299,7 @@ def _audited(
     tallies: _Tallies,
     checkpoint: Checkpoint,
     decode: float,
+    slack: float,
 ) -> WeightAudit:
     """Put the counts into plain numbers."""
     counts = tallies.counts
@@ -246,7 +324,7 @@ def _audited(
         name=weight.name,
         base_format=base.format.value,
         way=way.value,
-        dtype=str(source.dtype).removeprefix("torch."),
+        dtype=str(source.stored_dtype).removeprefix("torch."),
         rows=source.rows,
         columns=source.columns,
         counts={count.name.lower(): int(counts[count]) for count in Count},
@@ -262,4 +340,5 @@ def _audited(
         strange_rows=int(strange.sum()),
         first_strange=first_strange,
         strange_signs=bool(whole and 4 * int(differing.sum()) > int(signs.sum())),
+        slack=slack,
     )

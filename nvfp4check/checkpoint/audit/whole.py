@@ -5,7 +5,9 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
+from nvfp4check.checkpoint.audit.fitted import explain_pairs
 from nvfp4check.checkpoint.audit.foreign import name_foreign
+from nvfp4check.checkpoint.audit.norms import judge_norms
 from nvfp4check.checkpoint.audit.outcome import AuditOutcome
 from nvfp4check.checkpoint.audit.pairs import Pair, Pairing, pair_weights
 from nvfp4check.checkpoint.audit.passes import audit_pairs
@@ -49,7 +51,22 @@ def run_audit(
         checkpoint, base, _drawn(pairing.pairs, *sample), engine, journal, progress
     )
     weights = {name: a for name, a in audits.items() if isinstance(a, WeightAudit)}
-    copies = {name: a for name, a in audits.items() if isinstance(a, CopyAudit)}
+    try:
+        readers = Reader(checkpoint), Reader(base)
+        by_name = {pair.weight.name: pair for pair in pairing.pairs}
+        weights |= explain_pairs(readers, by_name, weights)
+    except StorageError as error:
+        raise CheckError(f"{checkpoint.location}: cannot be read again: {error}") from error
+    copies, unjudged = judge_norms(
+        checkpoint, weights, {name: a for name, a in audits.items() if isinstance(a, CopyAudit)}
+    )
+    if unjudged:
+        gaps.append(
+            (
+                f"audit of {counted(len(unjudged), 'norm')}, the first {printable(unjudged[0])}",
+                "it differs from the base's, and no linear that it feeds was audited to tell why",
+            )
+        )
     not_finite = [name for name, audit in weights.items() if audit.counts["not_finite"]]
     if not_finite:
         gaps.append(

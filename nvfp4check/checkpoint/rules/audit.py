@@ -8,7 +8,7 @@ group are NV501's.
 from collections.abc import Iterator, Mapping
 
 from nvfp4check.checkpoint.audit.outcome import AuditOutcome
-from nvfp4check.checkpoint.audit.results import Copied, WeightAudit
+from nvfp4check.checkpoint.audit.results import Copied, Way, WeightAudit
 from nvfp4check.checkpoint.naming import LogicalWeight, Part
 from nvfp4check.checkpoint.rules.base import (
     Problem,
@@ -26,6 +26,8 @@ from nvfp4ref.formats import E4M3, NVFP4
 _GITHUB = "https://github.com/"
 #: FourOverSix divides amax by 6 * 256, to leave room for scales half as large again.
 _FOUR_OVER_SIX = E4M3.max / 256
+#: Of a global scale worked out in two divisions, and in the other direction.
+_FLOAT32_ROUNDINGS = 4 * 2.0**-24
 
 
 def _native(context: RuleContext) -> Iterator[tuple[LogicalWeight, WeightAudit]]:
@@ -189,7 +191,7 @@ def audit_unquantized_changed(context: RuleContext) -> Iterator[Problem]:
         how = "" if copy.format == copy.base_format else f" as {copy.format} of {copy.base_format}"
         yield Problem(
             f"{copy.different:,} of {max(entry.numel, 1):,} elements differ from the base{how}, "
-            f"the first at element {copy.first or 0:,}",
+            f"the first at element {copy.first or 0:,}{printable(copy.remark, 400)}",
             tensor=entry.name,
             shard=entry.shard,
             offset=entry.start + (copy.first or 0) * size,
@@ -244,11 +246,26 @@ def _misfits(context: RuleContext) -> Iterator[tuple[LogicalWeight, WeightAudit,
         if audit.amax > 0 and not audit.counts["not_finite"]
     ]
     group_amax = _group_amax(context.audit, [weight for weight, _ in judged])
+    fitted = _fitted(judged)
     away = _ulps(judged, {audit.name: audit.amax for _, audit in judged})
     away_from_group = _ulps(judged, group_amax)
     for weight, audit in judged:
+        ratio = NVFP4.full_scale * audit.global_decode / group_amax[audit.name]
+        if audit.name in fitted:
+            continue
+        if audit.slack and abs(ratio - 1) <= audit.slack + _FLOAT32_ROUNDINGS:
+            continue
         if min(away[audit.name], away_from_group[audit.name]) > 1:
-            yield weight, audit, NVFP4.full_scale * audit.global_decode / group_amax[audit.name]
+            yield weight, audit, ratio
+
+
+def _fitted(judged: list[tuple[LogicalWeight, WeightAudit]]) -> set[str]:
+    """Name the weights whose amax, or their group's, hangs on factors that are stored nowhere."""
+    found = {audit.name for _, audit in judged if audit.way == Way.SMOOTHED_BY_LINEAR}
+    for group in fused_groups(weight for weight, _ in judged):
+        names = {member.name for member in group.members}
+        found |= names if names & found else set()
+    return found
 
 
 def _group_amax(audit: AuditOutcome, weights: list[LogicalWeight]) -> dict[str, float]:
