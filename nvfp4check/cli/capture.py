@@ -122,11 +122,12 @@ def logprobs(
     )
     with progress_bar("Prompts") as bar:
         result = capture_logprobs(client, read_prompts(prompts), out, options, bar)
-    write(render(_document(result), into), output)
+    write(render(capture_document(result), into), output)
     return ExitCode.HOLDS
 
 
-def _document(result: "CaptureResult") -> dict[str, Any]:
+def capture_document(result: "CaptureResult") -> dict[str, Any]:
+    """Return what was captured, as a JSON document."""
     info = result.run.info
     return {
         "schema": "nvfp4check/capture/1",

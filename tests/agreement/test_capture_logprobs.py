@@ -13,6 +13,7 @@ import torch
 from nvfp4check.activations import Run
 from nvfp4check.agreement.agree import AgreeOptions, agree
 from nvfp4check.agreement.statistics import Decision
+from nvfp4check.cli.capture import capture_document
 from nvfp4check.findings import CheckError
 from nvfp4check.logprobs.capture import CaptureOptions, capture_logprobs
 from nvfp4check.logprobs.client import Client
@@ -188,7 +189,9 @@ def test_a_server_that_stays_down_is_reported_with_what_to_do(
         capture(server, tmp_path / "served")
 
 
-def test_an_interrupted_capture_goes_on_where_it_stopped(server: Replay, tmp_path: Path) -> None:
+def test_an_interrupted_capture_goes_on_where_it_stopped(
+    server: Replay, tmp_path: Path, keeps_to_schema: Callable[[dict[str, Any]], None]
+) -> None:
     server.failures = [200, 200, 200, *[503] * 6]  # the list of models and two prompts
     with pytest.raises(CheckError):
         capture(server, tmp_path / "served")
@@ -198,6 +201,8 @@ def test_an_interrupted_capture_goes_on_where_it_stopped(server: Replay, tmp_pat
     result = capture_logprobs(client(server), PROMPTS, tmp_path / "served", options)
 
     assert (result.asked, result.server) == (2, Server.VLLM)
+    keeps_to_schema(capture_document(result))
+    keeps_to_schema(result.run.info.to_json())
     assert len(server.requests) == before + 2
     whole = capture(server, tmp_path / "whole")
     assert (tmp_path / "served" / "logits.safetensors").read_bytes() == (

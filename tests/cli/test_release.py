@@ -44,7 +44,9 @@ def test_a_gate_without_limits_is_undecided_and_says_what_to_give(
     assert "not judged: give --max-kl or --min-top1" in page
 
 
-def test_a_gate_goes_on_where_it_stands_and_judges_anew_what_has_other_limits(gate: Run) -> None:
+def test_a_gate_goes_on_where_it_stands_and_judges_anew_what_has_other_limits(
+    gate: Run, keeps_to_schema: Callable[[dict[str, Any]], None]
+) -> None:
     gate()
     again = gate("--resume")
     judged = gate("--resume", "--max-kl", "0", "--format", "json")
@@ -55,6 +57,7 @@ def test_a_gate_goes_on_where_it_stands_and_judges_anew_what_has_other_limits(ga
     assert judged.code == 1
     assert "nvfp4check release: agree" in judged.err
     assert "nvfp4check release: validate" not in judged.err
+    keeps_to_schema(document)
     assert document["schema"] == "nvfp4check/release/1"
     assert document["verdict"] == "fail"
     assert document["page"].endswith("report.html")

@@ -297,13 +297,16 @@ def test_a_missing_disassembler_is_named():
         tool("no-such-tool")
 
 
-def test_the_command_compiles_a_foreign_kernel_and_its_exit_code_is_the_verdict(capsys, tmp_path):
+def test_the_command_compiles_a_foreign_kernel_and_its_exit_code_is_the_verdict(
+    capsys, tmp_path, keeps_to_schema
+):
     path = "nvfp4check.kernels.swizzle:_unswizzle_kernel"
     unaligned = "flat_ptr=*u8, linear_ptr=*u8, M=i32, C=i32, tiles_across=i32, TILES=8"
     report = tmp_path / "report.json"
 
     assert codegen(kernel=path, signature=unaligned, output=report) == 0
     document = json.loads(report.read_text())
+    keeps_to_schema(document)
     assert document["schema"] == "nvfp4check/codegen/1"
     assert document["verdict"] == "pass"
     assert document["results"][0]["measurement"]["load_widths"] == {"1": 32}

@@ -1,0 +1,29 @@
+"""What every folder of tests may use."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+SCHEMAS = Path(__file__).parent / "schemas"
+
+
+@pytest.fixture(scope="session")
+def keeps_to_schema() -> Callable[[dict[str, Any]], None]:
+    """Return a function that holds a document against the JSON schema of its kind.
+
+    The schemas say what scripts may count on: each field that is promised, its type and its words.
+    A field may be added; a promised one may not go, nor change its meaning.
+    """
+
+    def check(document: dict[str, Any]) -> None:
+        _, kind, version = document["schema"].split("/")
+        assert version == "1"
+        schema = json.loads((SCHEMAS / f"{kind}.json").read_text(encoding="utf-8"))
+        errors = jsonschema.Draft202012Validator(schema).iter_errors(document)
+        assert [f"{error.json_path}: {error.message[:200]}" for error in errors] == []
+
+    return check
