@@ -59,6 +59,14 @@ LIBRARIES = (
         capability=_BLACKWELL,
     ),
     Library(
+        name="vllm-emulation",
+        module="vllm",
+        install="pip install vllm",
+        operations=_paths("vllm_emulation", "quantize", "dequantize", "unswizzle"),
+        convention="vllm-reference",
+        device="cpu",
+    ),
+    Library(
         name="transformer-engine",
         module="transformer_engine",
         install="pip install transformer-engine[pytorch]",

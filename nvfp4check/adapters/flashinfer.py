@@ -1,7 +1,7 @@
 """FlashInfer's NVFP4 kernels on Blackwell, by their documented entry points.
 
-`nvfp4_quantize` and `mm_fp4` take the global encode scale and 128x4 scales. Written from
-docs.flashinfer.ai; not run by this project, which has no such GPU.
+`nvfp4_quantize` and `mm_fp4` take the global encode scale and 128x4 scales. Their
+arguments are held to the source at fb28d724; not run by this project, which has no such GPU.
 """
 
 import flashinfer

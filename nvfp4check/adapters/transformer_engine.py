@@ -1,7 +1,8 @@
 """TransformerEngine's NVFP4 quantiser on Blackwell, by its documented entry point.
 
-It derives the global scale from the tensor, so only cases with that scale can be asked of it.
-Written from TransformerEngine's source; not run by this project, which has no such GPU.
+It derives the encode scale 2688 / amax from the tensor, so it can only be asked where the decode
+scale's reciprocal is that. Its arguments are held to the source of release 2.20.2; not run by this
+project, which has no such GPU.
 """
 
 import torch
@@ -21,8 +22,8 @@ def quantize(
         raise UnsupportedError("TransformerEngine takes rows and columns in multiples of 16")
     if x.dtype == torch.float16 or not x.is_contiguous():
         raise UnsupportedError("TransformerEngine takes contiguous bfloat16 and float32")
-    own = x.abs().max().float() / _FULL_SCALE
-    if not torch.equal(own.cpu(), global_decode_scale.cpu().reshape(())):
+    own = _FULL_SCALE / x.abs().max().float()
+    if not torch.equal(own.cpu(), (1.0 / global_decode_scale).cpu().reshape(())):
         raise UnsupportedError("TransformerEngine derives the global scale from the tensor")
     quantizer = NVFP4Quantizer(
         rowwise=True, columnwise=False, with_rht=False, stochastic_rounding=False

@@ -1,6 +1,7 @@
 """vLLM's NVFP4 kernels on Blackwell (`vllm._custom_ops`), by their documented entry points.
 
-Written from vLLM's source; not run by this project, which has no such GPU.
+Their arguments are held to the source of release 0.32.0; not run by this project, which has no such
+GPU. What runs on a CPU is `vllm_emulation`.
 """
 
 import torch

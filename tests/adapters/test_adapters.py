@@ -23,6 +23,7 @@ def test_every_adapter_names_known_operations_and_a_known_convention() -> None:
         "modelopt",
         "flashinfer",
         "vllm",
+        "vllm-emulation",
         "transformer-engine",
     }
     for library in LIBRARIES:
@@ -86,6 +87,7 @@ def test_an_older_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 #: What real libraries are known to do against a law: each is described in the README.
 KNOWN = {
     ("torchao", "quantize", "no-rows"): "reshape",
+    ("vllm-emulation", "dequantize", "no-rows"): "reshape",
     ("modelopt", "quantize", "no-rows"): "reshape",
     ("modelopt", "dequantize", "no-rows"): "reshape",
     ("torchao", "dequantize", "strides-do-not-matter"): "invalid for input",
