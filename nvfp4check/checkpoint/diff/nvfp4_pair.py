@@ -1,45 +1,41 @@
 """Two NVFP4 weights compared, at the speed of memory.
 
 Contract:
-    equal      exact. n a code times its block scale in units of 2**-10, at most 2**22 in
-               magnitude, the values are n G / 1024 with G the global scale or its reciprocal, a
-               rational number. With G_a / G_b = p / q in lowest terms they are equal exactly if
-               p n_a = q n_b; where p or q exceeds 2**22 only zeros are
-    sums       `kernel`; its tables are scaled by a power of two, so that no square of a float32
-               leaves the range while both global scales are within 2**60 of one another
+    sums       exact. n a code times its block scale in units of 2**-10, an integer, the values are
+               n G / 1024 with G the global scale or its reciprocal, a rational number. What is
+               divided and rounded to float64 is G_a**2 S_aa, and with it the energy of a - b,
+               G_a**2 S_aa - 2 G_a G_b S_ab + G_b**2 S_bb: it cannot cancel
+    equal      exact: that energy is 0, and both sides are NaN in the same places
     NaN        elements under a NaN scale are counted and left out of every sum
+    max_ulp    steps on the coarser grid of both blocks (`scale_pairs`). None under a global scale
+               that is not a number: there is no grid
 """
 
 import math
 from fractions import Fraction
-from functools import cache
 
 import numpy as np
 
-from nvfp4check.checkpoint import bounds
-from nvfp4check.checkpoint.audit.sources import frozen
 from nvfp4check.checkpoint.diff.kernel import (
-    BEYOND,
-    CHANGED,
-    COUNTS,
-    EMPTY_A,
-    EMPTY_B,
-    FIRST_STEP,
-    STEPS,
-    SUMS,
-    compare_rows,
-    same_products,
+    VOID_A,
+    VOID_B,
+    VOID_IN_ONE,
+    Found,
+    compare_blocks,
 )
-from nvfp4check.checkpoint.diff.measured import Array, Measured
+from nvfp4check.checkpoint.diff.kernel_steps import BEYOND, FIRST_STEP, MOST_STEPS, STEPS
+from nvfp4check.checkpoint.diff.kernel_sums import CHANGED, CHANGED_SCALES, EMPTY_A, EMPTY_B
+from nvfp4check.checkpoint.diff.measured import Measured
 from nvfp4check.checkpoint.diff.operands import Stored, Values
 from nvfp4check.checkpoint.diff.results import Worst
+from nvfp4check.checkpoint.diff.scale_pairs import scale_pairs
 from nvfp4check.checkpoint.naming import Part
 from nvfp4ref.formats import BLOCK_SIZE
 
 #: Blocks compared at a time: 1 MiB of codes on either side.
 _PIECE = 1 << 17
-_NAN = 1 << 40
-_LARGEST = 1 << 22
+#: What n counts.
+_UNIT = Fraction(1, 1024)
 
 
 def compare_nvfp4(a: Stored, b: Stored) -> Measured:
@@ -48,119 +44,75 @@ def compare_nvfp4(a: Stored, b: Stored) -> Measured:
     Raises:
         StorageError: Bytes cannot be read.
     """
-    found = Measured(changed_scales=0)
-    scale_a, scale_b = (side.decode_scale(Part.GLOBAL_SCALE) for side in (a, b))
-    tables, unit = _tables(scale_a, scale_b)
-    sums, counts = np.zeros(SUMS), np.zeros(COUNTS, np.int64)
+    scales = [_exact_scale(side) for side in (a, b)]
+    found = Found()
+    pairs = scale_pairs(*_factors(scales))
     rows, row_blocks = a.operand.rows, a.operand.columns // BLOCK_SIZE
-    largest = np.zeros(rows, np.float32)
-    exact = _Exact(a, b)
     step = max(1, _PIECE // max(1, row_blocks))
-    changed_scales = 0
     for start in range(0, rows, step):
         stop = min(rows, start + step)
-        codes = [frozen(side.codes(start, stop).reshape(-1)) for side in (a, b)]
-        scales = [frozen(side.scales(start, stop).reshape(-1)) for side in (a, b)]
-        compare_rows(
-            codes[0],
-            scales[0],
-            codes[1],
-            scales[1],
-            tables,
-            row_blocks,
-            sums,
-            counts,
-            largest[start:stop],
-        )
-        changed_scales += int(np.count_nonzero(scales[0] != scales[1]))
-        for place in (0, 1):
-            void = int(np.count_nonzero((scales[place] & 0x7F) == 0x7F))
-            found.not_finite[place] += void * BLOCK_SIZE
-        if exact.holds and not largest[start:stop].any():
-            exact.look(codes, scales)
-        elif largest[start:stop].any():
-            exact.holds = False
-    found.energy_a, found.energy_b, found.energy_difference = (
-        float(total) * unit * unit for total in sums
-    )
-    found.changed_codes, found.changed_scales = int(counts[CHANGED]), changed_scales
-    found.beyond = int(counts[BEYOND])
-    found.empty_blocks = int(counts[EMPTY_A]), int(counts[EMPTY_B])
-    found.equal = exact.holds
-    _steps(counts, found)
-    if scale_a is None or scale_b is None or not (_is_sound(scale_a) and _is_sound(scale_b)):
-        found.equal = False
-        found.beyond = max(found.beyond, 1)
-    elif largest.any():
-        _worst(a, b, int(largest.argmax()), found)
-    return found
+        codes = [side.codes(start, stop).reshape(-1) for side in (a, b)]
+        block_scales = [side.scales(start, stop).reshape(-1) for side in (a, b)]
+        compare_blocks(codes, block_scales, start * row_blocks, pairs, found)
+    measured = _measured(found)
+    if scales[0] is None or scales[1] is None:
+        measured.equal = False
+        measured.beyond = max(measured.beyond, 1)
+        measured.max_ulp = None
+        return measured
+    _energies(found, scales[0] * _UNIT, scales[1] * _UNIT, measured)
+    measured.equal = measured.equal and measured.energy_difference == 0
+    if found.largest[0]:
+        _worst(a, b, int(found.block[0]) // max(1, row_blocks), measured)
+    return measured
 
 
-def _is_sound(scale: float) -> bool:
-    return math.isfinite(scale)
+def _exact_scale(side: Stored) -> Fraction | None:
+    """Give the global scale that multiplies; None where it is not a number."""
+    stored = side.scalar(Part.GLOBAL_SCALE)
+    if stored is None or not math.isfinite(stored):
+        return None
+    if not side.operand.weight.global_scale_is_reciprocal:
+        return Fraction(stored)
+    return 1 / Fraction(stored) if stored else None
 
 
-def _tables(scale_a: float | None, scale_b: float | None) -> tuple[Array, float]:
-    """Make the kernel's tables, and the unit that they are in."""
-    scales = [
-        scale if scale is not None and _is_sound(scale) else 0.0 for scale in (scale_a, scale_b)
-    ]
-    largest = max(abs(scale) for scale in scales)
-    unit = math.ldexp(1.0, math.frexp(largest)[1]) if largest else 1.0
-    units = bounds.nvfp4_units()
-    values = [np.nan_to_num(units * (scale / unit), nan=0.0) for scale in scales]
-    gaps = []
-    for scale, held in zip(scales, values, strict=True):
-        gap = np.nan_to_num(bounds.nvfp4_half_gaps(scale / unit), nan=0.0)
-        gaps.append(gap + np.abs(held) * bounds.ZONE)
-    return np.stack([*values, *gaps]).astype(np.float32), unit
+def _factors(scales: list[Fraction | None]) -> list[float]:
+    """Give float64 numbers that are to one another as the scales are, the larger of them near 1."""
+    largest = max((abs(scale) for scale in scales if scale is not None), default=0)
+    unit = Fraction(2) ** math.frexp(float(largest))[1] if largest else Fraction(1)
+    return [float(scale / unit) if scale is not None else 0.0 for scale in scales]
 
 
-@cache
-def _products() -> Array:
-    """Return code times block scale in units of 2**-10, `_NAN` under a scale that is NaN."""
-    units = bounds.nvfp4_units() * 1024
-    return np.where(np.isnan(units), _NAN, np.nan_to_num(units)).astype(np.int64)
-
-
-class _Exact:
-    """Whether the values are equal, in exact integers."""
-
-    def __init__(self, a: Stored, b: Stored) -> None:
-        ratios = []
-        for side in (a, b):
-            stored = side.scalar(Part.GLOBAL_SCALE)
-            sound = stored is not None and math.isfinite(stored) and stored != 0
-            value = Fraction(stored) if sound and stored is not None else None
-            reciprocal = side.operand.weight.global_scale_is_reciprocal
-            ratios.append(1 / value if value is not None and reciprocal else value)
-        left, right = ratios
-        self.holds = left is not None and right is not None
-        ratio = left / right if left is not None and right is not None else Fraction(1)
-        # Out of reach of any product: only zeros are equal then.
-        fits = abs(ratio.numerator) <= _LARGEST and ratio.denominator <= _LARGEST
-        self.p, self.q = (ratio.numerator, ratio.denominator) if fits else (_LARGEST * 2 + 1, 1)
-        self.products = _products()
-
-    def look(self, codes: list[Array], scales: list[Array]) -> None:
-        """Compare a piece."""
-        self.holds = bool(
-            same_products(codes[0], scales[0], codes[1], scales[1], self.products, self.p, self.q)
-        )
-
-
-def _steps(counts: Array, found: Measured) -> None:
-    at_least = [*(int(count) for count in counts[FIRST_STEP:]), 0]
+def _measured(found: Found) -> Measured:
+    counts = [int(count) for count in found.counts]
+    measured = Measured(changed_codes=counts[CHANGED], changed_scales=counts[CHANGED_SCALES])
+    measured.equal = counts[VOID_IN_ONE] == 0
+    measured.not_finite = [counts[VOID_A] * BLOCK_SIZE, counts[VOID_B] * BLOCK_SIZE]
+    measured.beyond = counts[BEYOND]
+    measured.empty_blocks = counts[EMPTY_A], counts[EMPTY_B]
+    at_least = [*counts[FIRST_STEP : FIRST_STEP + len(STEPS)], 0]
+    measured.max_ulp = max(counts[MOST_STEPS], min(1, at_least[0]))
     for place, step in enumerate(STEPS):
         count = at_least[place] - at_least[place + 1]
         if count:
-            found.ulp_histogram[str(step)] = count
+            measured.ulp_histogram[str(step)] = count
+    return measured
 
 
-def _worst(a: Stored, b: Stored, row: int, found: Measured) -> None:
-    """Find the element of a row that differs most, and the steps between its codes."""
+def _energies(found: Found, unit_a: Fraction, unit_b: Fraction, measured: Measured) -> None:
+    of_a, mixed, of_b = (found.total(place) for place in range(3))
+    energy_a, energy_b = unit_a**2 * of_a, unit_b**2 * of_b
+    measured.energy_a, measured.energy_b = float(energy_a), float(energy_b)
+    measured.energy_difference = float(energy_a - 2 * unit_a * unit_b * mixed + energy_b)
+
+
+def _worst(a: Stored, b: Stored, row: int, measured: Measured) -> None:
+    """Look up the element of a row that differs most."""
     (left, _), (right, _) = (Values(side).rows(row, row + 1) for side in (a, b))
     distance = np.nan_to_num(np.abs(left[0] - right[0]), nan=0.0, posinf=0.0)
     column = int(distance.argmax())
-    found.max_abs = float(distance[column])
-    found.worst = Worst(row=row, column=column, a=float(left[0, column]), b=float(right[0, column]))
+    measured.max_abs = float(distance[column])
+    measured.worst = Worst(
+        row=row, column=column, a=float(left[0, column]), b=float(right[0, column])
+    )

@@ -23,9 +23,17 @@ class WeightDiff:
 
     `sqnr_db` is that of the difference against the mean energy of both sides, so that it does not
     depend on the order of the checkpoints; None where nothing differs, or nothing was compared.
-    `beyond` counts elements that no common original explains. `ulp_histogram` counts elements by
-    steps of the stored format, where both sides have the same: the key is the least step of its
-    column. `relative_error` is the predicted relative error of the linear's output.
+    `beyond` counts elements that no common original explains.
+
+    `max_ulp` is the largest distance of two elements in steps of the stored format: from number to
+    number of a plain dtype, from byte to byte of FP8, whatever their scales, and of NVFP4 from code
+    to code, on the coarser grid of both blocks, the one of the larger scale: other scales that hold
+    the same values are 0 steps apart, and a step is what the format cannot tell better. None where
+    the sides have different formats or dtypes, where a global scale is not a number, and where no
+    value was compared. `ulp_histogram` counts elements by these steps; the key is the least step of
+    its column.
+
+    `relative_error` is the predicted relative error of the linear's output.
     """
 
     name: str

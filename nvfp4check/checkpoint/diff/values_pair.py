@@ -12,11 +12,11 @@ from collections.abc import Callable
 import numpy as np
 
 from nvfp4check.checkpoint import bounds
-from nvfp4check.checkpoint.diff.kernel import jit
 from nvfp4check.checkpoint.diff.measured import Array, Measured, add_histogram, by_powers
 from nvfp4check.checkpoint.diff.operands import Stored, Values
 from nvfp4check.checkpoint.diff.results import Worst
 from nvfp4check.checkpoint.naming import WeightFormat
+from nvfp4check.checkpoint.scan_packed import jit
 
 #: Elements compared at a time.
 _PIECE = 1 << 18
