@@ -2,7 +2,7 @@
 
 Contract:
     mean       over all positions of all prompts that are not contaminated
-    interval   95 %, block bootstrap; see `statistics`
+    interval   95 %, over segments and over prompts; see `statistics`
     perplexity exp of the mean -log p of the tokens that really follow, of the positions where both
                sides know it
     effect     the smallest true change of the mean that a sample like this one shows
@@ -18,7 +18,7 @@ from itertools import pairwise
 import torch
 
 from nvfp4check.agreement.logits import PositionMetrics
-from nvfp4check.agreement.statistics import Estimate, estimate, quantiles
+from nvfp4check.agreement.statistics import Estimate, Kind, estimate, quantiles
 
 #: Borders of the reference's confidence, the probability of its best token.
 CONFIDENCE_BORDERS = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
@@ -173,8 +173,8 @@ def summarize(by_prompt: Mapping[str, PositionMetrics], seed: int = 0) -> Summar
     total = sum(len(metrics.kl) for metrics in by_prompt.values())
     return Summary(
         by_prompt=by_prompt,
-        kl=estimate([metrics.kl for metrics in by_prompt.values()], seed),
-        top1=estimate([metrics.top1 for metrics in by_prompt.values()], seed),
+        kl=estimate([m.kl for m in by_prompt.values()], seed, Kind.POSITIVE, by_prompt=True),
+        top1=estimate([m.top1 for m in by_prompt.values()], seed, Kind.SHARE, by_prompt=True),
         positions=total - contaminated,
         contaminated=contaminated,
         seed=seed,
@@ -186,7 +186,8 @@ def paired(
 ) -> Estimate:
     """Estimate the mean of left - right over the positions of the prompts that both have."""
     shared: Sequence[str] = [prompt for prompt in left if prompt in right]
-    return estimate([left[prompt] - right[prompt] for prompt in shared], seed)
+    differences = [left[prompt] - right[prompt] for prompt in shared]
+    return estimate(differences, seed, by_prompt=True)
 
 
 def _bucket(

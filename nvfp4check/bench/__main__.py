@@ -21,6 +21,10 @@ BENCHES: dict[str, tuple[str, str]] = {
         "nvfp4check.bench.bytepass",
         "the byte pass against the speed at which the same files are merely read",
     ),
+    "coverage": (
+        "nvfp4check.bench.coverage",
+        "how often the intervals of agree miss the true mean, by heavy tails and few prompts",
+    ),
     "dequantize": (
         "nvfp4check.bench.dequantize",
         "NVFP4 and FP8 to BF16, beside ModelOpt, torchao and compressed-tensors",

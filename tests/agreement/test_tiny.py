@@ -82,7 +82,9 @@ def test_every_number_is_that_of_a_plain_numpy_script(tiny_run: TinyRun, candida
 
 
 def test_fp8_is_nearer_to_bf16_than_nvfp4_and_the_other_way_round(tiny_run: TinyRun) -> None:
-    reference, fp8, nvfp4 = (tiny_run(name) for name in ("bf16", "fp8", "nvfp4"))
+    # Without the passage: it would be two thirds of all positions, and a single prompt.
+    short = [p for p in tiny_run("bf16").info.prompts if p.id.startswith("prompt")]
+    reference, fp8, nvfp4 = (narrowed(tiny_run(name), short) for name in ("bf16", "fp8", "nvfp4"))
 
     one = agree(reference, fp8, AgreeOptions(versus=nvfp4, judge=Judge.NONE)).versus
     other = agree(reference, nvfp4, AgreeOptions(versus=fp8, judge=Judge.NONE)).versus
@@ -135,7 +137,7 @@ def test_a_limit_decides(tiny_run: TinyRun, max_kl: float | None, decision: Deci
         assert plain.logits is not None
         max_kl = plain.logits.kl.mean
 
-    result = agree(reference, candidate, AgreeOptions(max_kl=max_kl, min_top1=0.5))
+    result = agree(reference, candidate, AgreeOptions(max_kl=max_kl, min_top1=0.3))
 
     assert result.verdict is decision
 
@@ -171,16 +173,16 @@ def test_transformers_on_the_same_weights_agrees(tiny_run: TinyRun) -> None:
     noise = tiny_run("bf16", 1)
     mine = tiny_run("bf16")
     shared = [p for p in mine.info.prompts if p.id.startswith("prompt")]
-    narrowed = Run(mine.path, replace(mine.info, prompts=tuple(shared)))
 
-    result = agree(golden, narrowed, AgreeOptions(max_kl=1e-9, noise=(noise_of(noise, shared),)))
+    options = AgreeOptions(max_kl=1e-9, noise=(narrowed(noise, shared),))
+    result = agree(golden, narrowed(mine, shared), options)
 
     assert result.verdict is Decision.PASS
     assert result.divergence is None
     assert not any(layer.flips for layer in result.routing)
 
 
-def noise_of(run: Run, prompts: Sequence[Any]) -> Run:
+def narrowed(run: Run, prompts: Sequence[Any]) -> Run:
     return Run(run.path, replace(run.info, prompts=tuple(prompts)))
 
 
