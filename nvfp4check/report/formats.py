@@ -19,13 +19,19 @@ class Format(StrEnum):
 _SUFFIXES = {
     ".json": Format.JSON,
     ".md": Format.MARKDOWN,
+    ".markdown": Format.MARKDOWN,
     ".html": Format.HTML,
     ".htm": Format.HTML,
     ".xml": Format.JUNIT,
     ".sarif": Format.SARIF,
+    ".sarif.json": Format.SARIF,  # SARIF 2.1.0, 3.2
 }
 
 
 def format_of(path: PurePath | None) -> Format:
     """Return the format that a file's name asks for, and text where it asks for none."""
-    return Format.TEXT if path is None else _SUFFIXES.get(path.suffix.lower(), Format.TEXT)
+    suffixes = [] if path is None else [suffix.lower() for suffix in path.suffixes]
+    for end in ("".join(suffixes[-2:]), "".join(suffixes[-1:])):
+        if end in _SUFFIXES:
+            return _SUFFIXES[end]
+    return Format.TEXT

@@ -131,7 +131,8 @@ def _intervals(
         codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(stop - start, columns)
         units = np.repeat(_SCALES[scales] * decode, BLOCK_SIZE, axis=1)
         magnitudes = source.words(start, stop).view(np.float32).astype(np.float64)
-        low, high = _LOWER[codes & 7] * units, _UPPER[codes & 7] * units
+        with np.errstate(invalid="ignore"):  # a scale of another weight may be infinite or NaN
+            low, high = _LOWER[codes & 7] * units, _UPPER[codes & 7] * units
         full = np.repeat(scales == _LARGEST_BYTE, BLOCK_SIZE, axis=1) & (codes & 7 == 7)
         high = np.where(full, E2M1.max * units, high)
         with np.errstate(divide="ignore", invalid="ignore"):
