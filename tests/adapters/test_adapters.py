@@ -94,7 +94,9 @@ KNOWN = {
 }
 
 
-# ModelOpt's quantiser searches strided values, of which torch says once that it is slow.
+# Libraries use what torch deprecates when they are first imported; ModelOpt's quantiser searches
+# strided values, of which torch says once that it is slow.
+@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:torch.searchsorted.*non-contiguous:UserWarning")
 @pytest.mark.parametrize(
     ("name", "operation", "law"),
