@@ -4,9 +4,16 @@ A pattern means here: the module it names, every module below that, and `*`, `?`
 has them, also across dots; `X.*` covers X itself. `re:…` is a regular expression that the name's
 beginning must match (compressed-tensors). A pattern never matches a part of a component.
 
-    vLLM 0.33          equal; else contained anywhere in the name; else fnmatch
-    SGLang 0.5.10      `.` -> `\.`, `*` -> `.*`, then re.fullmatch on the name or any one component
-    TensorRT-LLM       fnmatchcase on the name and its ancestors; `X.*` covers X; `re:…`
+    vLLM 0.33          equal; else contained anywhere in the name; else fnmatch. One that names an
+                       expert stands for all experts of its layer
+    SGLang 0.5.10      equal; else `.` -> `\.`, `*` -> `.*`, then re.fullmatch on the name or any
+                       one component. One that ends in a projection of latent attention stands for
+                       that projection in every layer
+    TensorRT-LLM       fnmatchcase on the name and its ancestors; `X.*` covers X; `re:…` must match
+                       the whole name, or an ancestor's
+
+The name is that of the module an engine builds: of linears that it fuses, the fused one's, and of
+experts the layer's. A pattern for one of the linears then matches only where it is equal.
 
 Patterns are untrusted. Globs take time linear in the name; a regular expression that could
 backtrack without bound is not run, and matches nothing.
@@ -19,6 +26,14 @@ from enum import StrEnum
 from fnmatch import translate
 from functools import lru_cache
 
+#: What engines build of linears that they fuse; the first name of attention's own is vLLM's.
+_FUSED_ALIKE = {
+    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+}
+_EXPERT = re.compile(r"(.+\.experts)\.\d+\.")
+#: Projections of latent attention that SGLang looks for in the last component of any name.
+_LATENT = frozenset(("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"))
 _WILD = re.compile(r"[*?\[]")
 _PLAIN_GLOB = re.compile(r"[\w.*\-]*")
 _MAX_PATTERN = 1000
@@ -34,6 +49,14 @@ class Reading(StrEnum):
     VLLM = "vllm"
     SGLANG = "sglang"
     TENSORRT_LLM = "tensorrt-llm"
+
+
+_FUSED: dict[Reading, dict[str, str]] = {
+    Reading.VLLM: _FUSED_ALIKE
+    | dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa"), "fused_qkv_a_proj"),
+    Reading.SGLANG: _FUSED_ALIKE
+    | dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa"), "fused_qkv_a_proj_with_mqa"),
+}
 
 
 @lru_cache(maxsize=4096)
@@ -83,15 +106,46 @@ def _ours(pattern: str, module: str) -> bool:
     return any(match(name) for name in names)
 
 
+def built_name(module: str, reading: Reading) -> str:
+    """Name the module that an engine builds for a stored one."""
+    expert = _EXPERT.match(module)
+    if expert is not None:
+        return expert[1]
+    parent, _, leaf = module.rpartition(".")
+    fused = _FUSED[reading].get(leaf)
+    return module if fused is None else f"{parent}.{fused}"
+
+
+def _is_equal(pattern: str, module: str) -> bool:
+    """Whether a pattern names a linear, fused or not: experts are no linears to engines."""
+    return pattern == module and not _EXPERT.match(module)
+
+
 def _vllm(pattern: str, module: str) -> bool:
-    return pattern in module or bool(_glob(pattern).match(module))
+    built = built_name(module, Reading.VLLM)
+    if _is_equal(pattern, module) or pattern in built or bool(_glob(pattern).match(built)):
+        return True
+    return "experts" in pattern and built.endswith(".experts") and built in pattern
 
 
 def _sglang(pattern: str, module: str) -> bool:
+    built = built_name(module, Reading.SGLANG)
+    leaf = pattern.rpartition(".")[2]
+    if _is_equal(pattern, module) or (leaf in _LATENT and leaf in built.rpartition(".")[2]):
+        return True
     match = _sglang_match(pattern)
     if match is None:
         return False
-    return bool(match(module)) or any(match(part) for part in module.split("."))
+    return bool(match(built)) or any(match(part) for part in built.split("."))
+
+
+def _tensorrt_llm(pattern: str, module: str) -> bool:
+    if not pattern.startswith("re:"):
+        return _ours(pattern, module)
+    compiled = safe_regex(pattern[3:])
+    if compiled is None or len(module) > _MAX_NAME:
+        return False
+    return any(compiled.fullmatch(name) for name in ancestors(module))
 
 
 @lru_cache(maxsize=4096)
@@ -109,7 +163,7 @@ _READINGS: dict[Reading, Callable[[str, str], bool]] = {
     Reading.OURS: _ours,
     Reading.VLLM: _vllm,
     Reading.SGLANG: _sglang,
-    Reading.TENSORRT_LLM: _ours,
+    Reading.TENSORRT_LLM: _tensorrt_llm,
 }
 
 
@@ -154,6 +208,7 @@ class ModuleTable:
     def __init__(self, modules: Iterable[str]) -> None:
         self.modules = sorted(set(modules))
         self._text = "\n" + "\n".join(self.modules) + "\n"
+        self._built: dict[Reading, tuple[ModuleTable, dict[str, list[str]]]] = {}
         self._parts: dict[str, set[str]] = {}
         for module in self.modules:
             for part in module.split("."):
@@ -163,11 +218,37 @@ class ModuleTable:
         """Find the modules that a pattern covers, as `reading` has it."""
         if "\n" in pattern:
             return frozenset()
-        if reading is Reading.VLLM:
-            return self._containing(pattern) | self._globbed(pattern)
-        if reading is Reading.SGLANG:
-            return self._sglang(pattern)
+        if reading in _FUSED:
+            return self._of_engine(pattern, reading)
+        if reading is Reading.TENSORRT_LLM and pattern.startswith("re:"):
+            return frozenset(m for m in self.modules if _tensorrt_llm(pattern, m))
         return self._below(pattern)
+
+    def _of_engine(self, pattern: str, reading: Reading) -> frozenset[str]:
+        """Match the names of what an engine builds, and give the stored modules of each."""
+        if reading not in self._built:
+            stored: dict[str, list[str]] = {}
+            for module in self.modules:
+                stored.setdefault(built_name(module, reading), []).append(module)
+            self._built[reading] = ModuleTable(stored), stored
+        table, stored = self._built[reading]
+        if reading is Reading.VLLM:
+            built = table._containing(pattern) | table._globbed(pattern)
+            if "experts" in pattern:
+                built |= {name for name in stored if name.endswith(".experts") and name in pattern}
+        else:
+            built = table._sglang(pattern)
+            leaf = pattern.rpartition(".")[2]
+            if leaf in _LATENT:
+                parts = [part for part in table._parts if leaf in part]
+                built |= {
+                    name
+                    for part in parts
+                    for name in table._parts[part]
+                    if name.rpartition(".")[2] == part
+                }
+        equal = [] if _EXPERT.match(pattern) else self._exactly(pattern)
+        return frozenset(equal).union(*(stored[name] for name in built))
 
     def _below(self, pattern: str) -> frozenset[str]:
         if pattern.startswith("re:"):

@@ -12,6 +12,7 @@ from nvfp4check.checkpoint.excludes import (
     PatternSet,
     Reading,
     ancestors,
+    built_name,
     matches,
     safe_regex,
 )
@@ -20,6 +21,9 @@ from nvfp4check.checkpoint.quant_config import from_hf_quant_config
 
 GATE = "model.layers.1.mlp.gate"
 GATE_PROJ = "model.layers.1.mlp.gate_proj"
+EXPERTS = "model.layers.3.mlp.experts"
+EXPERT = f"{EXPERTS}.5.down_proj"
+LATENT = "model.layers.0.self_attn.q_b_proj"
 
 #: Pattern, module, and whether nvfp4check, vLLM, SGLang and TensorRT-LLM take it as covered.
 READINGS = [
@@ -40,6 +44,24 @@ READINGS = [
     ("LM_HEAD", "lm_head", False, False, False, False),
     (r"re:.*self_attn\..*", "model.layers.0.self_attn.o_proj", True, False, False, True),
     (r"re:self_attn", "model.layers.0.self_attn.o_proj", False, False, False, False),
+    (r"re:.*self_attn", "model.layers.0.self_attn.o_proj", True, False, False, True),
+    (r"re:.*mlp\.gate", GATE_PROJ, True, False, False, False),
+    # What is fused bears another name in an engine.
+    (GATE_PROJ, GATE_PROJ, True, True, True, True),
+    ("*.gate_proj", GATE_PROJ, True, False, False, True),
+    ("*.gate_up_proj", GATE_PROJ, False, True, True, False),
+    ("*.q_proj", "model.layers.0.self_attn.q_proj", True, False, False, True),
+    # Experts are one module of their layer.
+    (EXPERT, EXPERT, True, True, False, True),
+    (EXPERT, f"{EXPERTS}.7.up_proj", False, True, False, False),
+    (f"{EXPERTS}*", EXPERT, True, True, True, True),
+    (f"{EXPERTS}.*", EXPERT, True, True, False, True),
+    (f"{EXPERTS}.5.*", f"{EXPERTS}.7.up_proj", False, True, False, False),
+    ("*.mlp.experts.*", EXPERT, True, False, False, True),
+    # SGLang's own exemption: a projection of latent attention, in whatever layer.
+    (LATENT, "model.layers.1.self_attn.q_b_proj", False, False, True, False),
+    (LATENT, "model.layers.0.self_attn.q_b_proj", True, True, True, True),
+    ("*.kv_a_proj_with_mqa", "model.layers.4.self_attn.q_a_proj", False, False, True, False),
 ]
 
 
@@ -56,9 +78,14 @@ def test_ancestors_are_the_names_above_by_dots() -> None:
     assert ancestors("a") == ["a"]
 
 
-names = st.lists(st.sampled_from(["a", "ab", "b", "0", "10"]), min_size=1, max_size=4).map(".".join)
+names = st.lists(
+    st.sampled_from(["a", "ab", "0", "10", "experts", "gate_proj", "q_a_proj", "kv_b_proj"]),
+    min_size=1,
+    max_size=5,
+).map(".".join)
 globs = st.lists(
-    st.sampled_from(["a", "b", "0", "1", ".", "*", "?", ".*", "[ab]"]), max_size=5
+    st.sampled_from(["a", "b", "0", "1", ".", "*", "?", ".*", "[ab]", "experts", "q_a_proj"]),
+    max_size=5,
 ).map("".join)
 
 
@@ -92,7 +119,9 @@ def test_our_globs_are_the_standard_librarys_on_a_name_and_its_ancestors(
     if stem != pattern:
         want = want or matches(stem, name)
     assert matches(pattern, name) == want
-    assert matches(pattern, name, Reading.VLLM) == (pattern in name or fnmatch(name, pattern))
+    built = built_name(name, Reading.VLLM)
+    if built == name and not name.endswith(".experts"):
+        assert matches(pattern, name, Reading.VLLM) == (pattern in name or fnmatch(name, pattern))
 
 
 @pytest.mark.parametrize(

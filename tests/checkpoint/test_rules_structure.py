@@ -259,7 +259,10 @@ def test_nv106_is_silent_where_an_exclude_pattern_covers_the_module(
     unquantise(clone, EXPERT)
     with clone.edit_json(HF_QUANT) as config:
         config["quantization"]["exclude_modules"].append(EXPERT)
-    assert run(clone).findings == ()
+    # NV605: engines build all experts of a layer alike, so one cannot be left out.
+    found = run(clone).findings
+    assert {f.rule for f in found} == {"NV605"}
+    assert any("sglang does not exclude 1 module" in f.message for f in found)
 
 
 @pytest.mark.parametrize(

@@ -318,7 +318,7 @@ def _read_differently(
     )
     ours = {pattern: linears.matched(pattern) for pattern in patterns}
     covered = frozenset().union(*ours.values())
-    for reading in (Reading.VLLM, Reading.SGLANG):
+    for reading in (Reading.VLLM, Reading.SGLANG, Reading.TENSORRT_LLM):
         theirs = {pattern: linears.matched(pattern, reading) for pattern in patterns}
         covered_there = frozenset().union(*theirs.values())
         for pattern in patterns:
