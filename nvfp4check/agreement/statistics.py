@@ -8,8 +8,8 @@ Contract:
                variance of a mean (Hall, Horowitz and Jing, Biometrika 82, 1995)
     error      the standard error of the mean: over segments by bootstrap; over prompts, where there
                are two or more, by leaving out one at a time; the larger of the two
-    freedom    degrees of freedom of the error: prompts - 1, whatever their lengths, as leaving out a
-               long one among short ones errs to the safe side; with one prompt, or where only
+    freedom    degrees of freedom of the error: prompts - 1, whatever their lengths, as leaving out
+               a long one among short ones errs to the safe side; with one prompt, or where only
                segments are looked at, segments - 1
     bounds     one-sided, from Student's t
         MEAN       mean -+ t * error
