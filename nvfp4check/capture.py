@@ -343,7 +343,8 @@ def _write(
                 PromptInfo(id=prompt, tokens=len(seen.tokens)) for prompt, seen in prompts.items()
             ),
             complete=True,
-            config=to_dict() if to_dict is not None else {},
+            # What begins with _ says where this machine keeps the model.
+            config={k: v for k, v in (to_dict() if to_dict else {}).items() if k[:1] != "_"},
             mode="captured",
             dtype=str(some.dtype).removeprefix("torch."),
             device=str(some.device),

@@ -38,6 +38,9 @@ def agree_junit(document: Mapping[str, Any]) -> str:
             for point in document["layers"]
             if point["layer"] == layer and point["diverges"]
         ]
+        first = document["first_divergence"]
+        if first and first["layer"] == layer:
+            lines.insert(0, words.divergence_sentence(document) or "")
         if lines and judged:
             failure = ElementTree.SubElement(case, "failure", type="layer", message=lines[0])
             failure.text = "\n".join(lines)

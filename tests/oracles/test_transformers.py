@@ -8,16 +8,23 @@ What versions of transformers do otherwise than DeepSeek's published arithmetic:
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from nvfp4check.activations import Run
+from nvfp4check.agreement.agree import AgreeOptions, AgreeResult, agree
+from nvfp4check.agreement.divergence import SCORE_ERROR
+from nvfp4check.agreement.statistics import Decision
 from nvfp4check.capture import capture
-from nvfp4check.forward.options import Activations, ForwardOptions, KvCache
+from nvfp4check.forward.options import Activations, Arithmetic, ForwardOptions, KvCache
 from nvfp4check.forward.streaming import run_forward
 from nvfp4check.goldens import Closeness, compare
 from nvfp4check.tokens import Prompt
@@ -135,6 +142,34 @@ def captured(model: torch.nn.Module, prompts: list[Prompt], run: Path) -> Run:
     return Run.open(run)
 
 
+def agreement(checkpoint: Path, witness: Run, folder: Path) -> AgreeResult:
+    """The witness against the forward in float64; the noise is the same forward in float32."""
+    float64, float32 = (
+        run_forward(checkpoint, PROMPTS, folder / a.value, replace(OPTIONS, arithmetic=a)).run
+        for a in (Arithmetic.FLOAT64, Arithmetic.FLOAT32)
+    )
+    return agree(float64, witness, AgreeOptions(noise=(float32,)))
+
+
+@contextmanager
+def groups_masked_with_zero() -> Iterator[None]:
+    """What transformers did up to 5.5.4, in any version: the mask's -inf becomes 0.0."""
+    masked_fill = torch.Tensor.masked_fill
+
+    def with_zero(tensor: torch.Tensor, mask: torch.Tensor, value: float) -> torch.Tensor:
+        return masked_fill(tensor, mask, 0.0 if value == float("-inf") else value)
+
+    gates = transformers.models.deepseek_v3.modeling_deepseek_v3.DeepseekV3TopkRouter
+    forward = gates.forward
+
+    def gate(self: torch.nn.Module, x: torch.Tensor) -> Any:
+        with patch.object(torch.Tensor, "masked_fill", with_zero):
+            return forward(self, x)
+
+    with patch.object(gates, "forward", gate):
+        yield
+
+
 def assert_agrees(run: Run, witness: Run) -> None:
     differences, compared = compare(witness, run, Closeness.FLOAT32)
     assert differences == []
@@ -174,6 +209,39 @@ def test_a_negative_bias_is_routed_as_the_version_masks_groups(tmp_path: Path) -
     run = run_forward(tmp_path / "checkpoint", PROMPTS, tmp_path / "run", options).run
 
     assert_agrees(run, witness)
+
+
+@pytest.mark.parametrize("bias_mean", [0.0, 1.5, -3.0], ids=["zero", "positive", "negative"])
+def test_agree_passes_where_this_version_routes_as_deepseek_does(
+    bias_mean: float, tmp_path: Path
+) -> None:
+    if MASKS_WITH_ZERO and bias_mean < 0:
+        pytest.skip(f"transformers {transformers.__version__} masks groups with 0.0")
+    model = random_model(ODD, bias_mean, tmp_path / "checkpoint")
+    witness = captured(model, PROMPTS, tmp_path / "witness")
+
+    result = agreement(tmp_path / "checkpoint", witness, tmp_path)
+
+    assert (result.verdict, result.divergence) == (Decision.PASS, None)
+    assert len(result.layers) == 26  # five points of four layers, and two of three routers
+    assert not any(layer.flips for layer in result.routing)
+
+
+def test_agree_names_the_router_of_a_version_that_masks_groups_with_zero(tmp_path: Path) -> None:
+    # The installed version where it does so; else it is patched to, see groups_masked_with_zero.
+    model = random_model(ODD, -3.0, tmp_path / "checkpoint")
+    with nullcontext() if MASKS_WITH_ZERO else groups_masked_with_zero():
+        witness = captured(model, PROMPTS, tmp_path / "witness")
+
+    result = agreement(tmp_path / "checkpoint", witness, tmp_path)
+
+    assert result.verdict is Decision.FAIL
+    found = result.divergence
+    assert found is not None
+    assert (found.layer, found.point, found.held_against) == (1, "router_experts", SCORE_ERROR)
+    first = result.routing[0]
+    assert len(first.flips) == first.tokens
+    assert all(flip.legal is False for flip in first.flips)
 
 
 def test_a_prompt_beyond_the_original_length_agrees(tmp_path: Path) -> None:
