@@ -1,6 +1,7 @@
 """Adapters: found where their library is, and said to be missing where it is not."""
 
 import importlib.util
+import warnings
 
 import pytest
 
@@ -94,9 +95,17 @@ KNOWN = {
 }
 
 
-# Libraries use what torch deprecates when they are first imported; ModelOpt's quantiser searches
-# strided values, of which torch says once that it is slow.
-@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:DeprecationWarning")
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """Import every library that is there, whatever it warns of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for one in INSTALLED:
+            if one.device == "cpu":
+                one.kernel()
+
+
+# ModelOpt's quantiser searches strided values, of which torch says once that it is slow.
 @pytest.mark.filterwarnings("ignore:torch.searchsorted.*non-contiguous:UserWarning")
 @pytest.mark.parametrize(
     ("name", "operation", "law"),
