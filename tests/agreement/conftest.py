@@ -16,7 +16,13 @@ from nvfp4check.activations import (
     write_info,
     write_tensors,
 )
-from nvfp4check.forward.options import Activations, ForwardOptions, KvCache, Perturbation
+from nvfp4check.forward.options import (
+    Activations,
+    Arithmetic,
+    ForwardOptions,
+    KvCache,
+    Perturbation,
+)
 from nvfp4check.forward.streaming import run_forward
 from nvfp4check.tokens import Prompt
 
@@ -101,6 +107,50 @@ def tiny_run(
                 seed=seed or 0,
             )
             out = tmp_path_factory.mktemp("runs") / key
+            done[key] = run_forward(TINY / checkpoint, tiny_prompts, out, options).run
+        return done[key]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def bounded_run(
+    tmp_path_factory: pytest.TempPathFactory, tiny_prompts: list[Prompt]
+) -> Callable[[str], Run]:
+    """Compute the tiny model in one of its formats with bounds, once a session."""
+    done: dict[str, Run] = {}
+
+    def run(checkpoint: str) -> Run:
+        if checkpoint not in done:
+            options = ForwardOptions(activations=Activations.ALL, bounds=("float32", "bfloat16"))
+            out = tmp_path_factory.mktemp("bounded") / checkpoint
+            done[checkpoint] = run_forward(TINY / checkpoint, tiny_prompts, out, options).run
+        return done[checkpoint]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def candidate_run(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_prompts: list[Prompt],
+    bounded_run: Callable[[str], Run],
+) -> Callable[..., Run]:
+    """Compute it in another arithmetic, given the states of the bounded run or not."""
+    done: dict[str, Run] = {}
+
+    def run(
+        checkpoint: str, arithmetic: str, *, given: bool = True, bounds: tuple[str, ...] = ()
+    ) -> Run:
+        key = f"{checkpoint}-{arithmetic}-{given}-{','.join(bounds)}"
+        if key not in done:
+            options = ForwardOptions(
+                activations=Activations.ALL,
+                arithmetic=Arithmetic(arithmetic),
+                inputs=bounded_run(checkpoint).path if given else None,
+                bounds=bounds,
+            )
+            out = tmp_path_factory.mktemp("candidates") / key
             done[key] = run_forward(TINY / checkpoint, tiny_prompts, out, options).run
         return done[key]
 

@@ -16,7 +16,13 @@ from nvfp4check.activations import Run
 from nvfp4check.agreement.agree import AgreeOptions, AgreeResult, agree
 from nvfp4check.agreement.statistics import Decision
 from nvfp4check.forward import layers as forward_layers
-from nvfp4check.forward.options import Activations, ForwardOptions, KvCache, Perturbation
+from nvfp4check.forward.options import (
+    Activations,
+    Arithmetic,
+    ForwardOptions,
+    KvCache,
+    Perturbation,
+)
 from nvfp4check.forward.streaming import run_forward
 from nvfp4check.tokens import Prompt
 from nvfp4ref.deepseek_v3 import attention, moe, routing
@@ -245,3 +251,58 @@ def test_experts_that_no_token_reached_are_counted(tmp_path: Path) -> None:
 
     # One token reaches 4 of the 16 experts in each of four layers.
     assert any("48 of 64 experts" in blind.what for blind in result.blind)
+
+
+@pytest.mark.parametrize(
+    ("fault", "point", "arithmetic"),
+    [
+        ("expert-alpha", "mlp_output", Arithmetic.FLOAT32),
+        ("rope-pairing", "attn_output", Arithmetic.FLOAT32),
+        *(
+            (name, entry[3], Arithmetic.BFLOAT16)
+            for name, entry in IN_A_FUNCTION.items()
+            if name != "group-mask-zero"
+        ),
+        *((name, "mlp_output", Arithmetic.BFLOAT16) for name in IN_WEIGHTS),
+    ],
+)
+def test_a_fault_of_one_layer_exceeds_the_bound_of_that_layer_and_point_alone(
+    fault: str,
+    point: str,
+    arithmetic: Arithmetic,
+    bounded_run: Callable[[str], Run],
+    tiny_prompts: list[Prompt],
+    tmp_path: Path,
+) -> None:
+    reference = bounded_run("bf16")
+    given = replace(ALL, kv_cache=KvCache.STORED, arithmetic=arithmetic, inputs=reference.path)
+    with planted(fault):
+        wrong = run_forward(TINY / "bf16", tiny_prompts, tmp_path / "wrong", given).run
+
+    result = agree(reference, wrong)
+
+    assert result.verdict is Decision.FAIL
+    assert result.divergence is not None
+    assert result.divergence.held_against == "bound"
+    assert (result.divergence.layer, result.divergence.point) == (LAYER, point)
+    # Every other layer was given sound states, and is sound.
+    assert {held.agreement.layer for held in result.layers if held.diverges} == {LAYER}
+
+
+def test_a_mask_of_zero_is_a_choice_that_the_bounds_of_the_scores_rule_out(
+    negative_bias: Path, tiny_prompts: list[Prompt], tmp_path: Path
+) -> None:
+    bounded = replace(ALL, bounds=("float32", "bfloat16"))
+    reference = run_forward(negative_bias, tiny_prompts, tmp_path / "reference", bounded).run
+    given = replace(ALL, arithmetic=Arithmetic.BFLOAT16, inputs=reference.path)
+    sound = run_forward(negative_bias, tiny_prompts, tmp_path / "sound", given).run
+    with planted("group-mask-zero"):
+        wrong = run_forward(negative_bias, tiny_prompts, tmp_path / "wrong", given).run
+
+    assert agree(reference, sound).verdict is Decision.PASS
+    result = agree(reference, wrong)
+
+    assert result.divergence is not None
+    assert (result.divergence.layer, result.divergence.point) == (LAYER, "router_experts")
+    assert result.divergence.held_against == "bound"
+    assert {layer for layer, _ in result.bounds.illegal} == {LAYER}

@@ -1,4 +1,4 @@
-"""Codes that may flip: the operand is the engine's, and what may become of it is within its bound."""
+"""Codes that may flip: the operand is the engine's, and what may become of it is bounded."""
 
 from collections.abc import Callable
 
