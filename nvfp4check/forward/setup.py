@@ -83,8 +83,12 @@ def cache_format_of(checkpoint: Checkpoint, asked: KvCache) -> CacheFormat:
         return CacheFormat.COMPUTED
     if algo == "FP8":
         return CacheFormat.FP8
+    why = ""
+    if algo.startswith("NVFP4"):
+        # vLLM 0.32: for keys and values of heads, and for the sparse attention of V3.2.
+        why = ": of the latent cache of this attention no engine defines it"
     raise CheckError(
-        f"{checkpoint.location}: kv_cache_quant_algo {algo!r}; FP8 is computed, so give "
+        f"{checkpoint.location}: kv_cache_quant_algo {algo!r}{why}; FP8 is computed, so give "
         "--kv-cache none"
     )
 

@@ -1,5 +1,6 @@
 """What cannot be computed is refused before the first layer, or reported where it shows."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,3 +106,20 @@ def test_unquantized_is_refused_for_a_quantised_checkpoint(
         run_forward(
             tiny / "fp8", prompts, tmp_path / "run", ForwardOptions(mode=LinearMode.UNQUANTIZED)
         )
+
+
+@pytest.mark.parametrize(
+    ("algo", "message"),
+    [("NVFP4", "'NVFP4': of the latent cache .* no engine defines it"), ("INT8", "'INT8'; FP8 is")],
+)
+def test_a_cache_format_that_is_not_defined_is_refused_and_left_out_when_told(
+    algo: str, message: str, edited: Callable[..., Path], prompts: list[Prompt], tmp_path: Path
+) -> None:
+    checkpoint = edited(lambda tensors, config: None)
+    quantization = {"quant_algo": "NVFP4", "group_size": 16, "kv_cache_quant_algo": algo}
+    document = {"producer": {"name": "modelopt", "version": "0.47"}, "quantization": quantization}
+    (checkpoint / "hf_quant_config.json").write_text(json.dumps(document))
+
+    with pytest.raises(CheckError, match=f"{message}.*--kv-cache none"):
+        run_forward(checkpoint, prompts, tmp_path / "run")
+    run_forward(checkpoint, prompts, tmp_path / "run", ForwardOptions(kv_cache=KvCache.NONE))
