@@ -51,19 +51,27 @@ _M1, _M3, _M5, _M7 = (_U(0x1111111111111111 * n) for n in (1, 3, 5, 7))
 _MA, _MC = _U(0xAAAAAAAAAAAAAAAA), _U(0xCCCCCCCCCCCCCCCC)
 
 
+def _features() -> dict[str, bool]:
+    """Name what the processor has that is compiled for, as far as it is allowed or known."""
+    if not _numba.ENABLE_AVX:
+        return {}
+    if _numba.CPU_FEATURES is not None:
+        named = _numba.CPU_FEATURES.split(",")
+        return {name[1:]: True for name in named if name.startswith("+")}
+    if _numba.CPU_NAME:
+        return {}  # another processor than this one
+    return dict(binding.get_host_cpu_features())
+
+
 def _vector_bytes() -> int:
     """Bytes of the widest vector with byte look-ups, 0 where none is known or allowed."""
-    if _numba.CPU_NAME or _numba.CPU_FEATURES is not None:
-        return 0  # compiled for another processor than this one
-    if not _numba.ENABLE_AVX:
-        return 0
-    features = binding.get_host_cpu_features()
+    features = _features()
     return 64 if features.get("avx512bw") else 32 if features.get("avx2") else 0
 
 
 def _can_fuse() -> bool:
     """Whether this processor has what `scan_fused` needs."""
-    features = binding.get_host_cpu_features()
+    features = _features()
     needed = ("avx512vbmi", "avx512vpopcntdq")
     return VECTOR_BYTES == 64 and all(features.get(feature) for feature in needed)
 

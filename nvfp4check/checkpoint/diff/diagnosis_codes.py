@@ -79,27 +79,27 @@ IN_ROWS: tuple[tuple[str, Change], ...] = (
 
 def name_codes(a: Stored, b: Stored, found: Measured) -> str | None:
     """Say what became of the codes."""
-    for this, that, names in ((a, b, ("a", "b")), (b, a, ("b", "a"))):
-        for what, change in IN_ROWS:
-            if _gives(this, that, change):
-                return f"codes of {names[1]} are {names[0]}'s {what}"
-    zero = [_all_zero(side) for side in (a, b)]
-    if zero[0] != zero[1]:
-        return f"every code of {'a' if zero[0] else 'b'} is 0"
+    # What moves codes about leaves some beyond the bound, or moves equal ones.
+    if found.beyond or not found.changed_scales:
+        first = min(a.operand.rows, _FIRST_ROWS)
+        heads = a.codes(0, first), b.codes(0, first)
+        for this, that, names in ((0, 1, ("a", "b")), (1, 0, ("b", "a"))):
+            for what, change in IN_ROWS:
+                if not np.array_equal(change(heads[this]), heads[that]):
+                    continue
+                if _gives((a, b)[this], (a, b)[that], change):
+                    return f"codes of {names[1]} are {names[0]}'s {what}"
+        zero = [_all_zero(side) for side in (a, b)]
+        if zero[0] != zero[1]:
+            return f"every code of {'a' if zero[0] else 'b'} is 0"
     return None if found.changed_scales else _rounding(a, b)
 
 
 def _gives(this: Stored, that: Stored, change: Change) -> bool:
     rows = this.operand.rows
-    first = min(rows, _FIRST_ROWS)
-    middle = max(first, rows // 2)
-    for start, stop in ((0, first), (middle, min(rows, middle + first))):
-        if not np.array_equal(change(this.codes(start, stop)), that.codes(start, stop)):
-            return False
-    return all(
-        np.array_equal(change(this.codes(start, stop)), that.codes(start, stop))
-        for start, stop in row_pieces(rows, this.operand.columns)
-    )
+    middle = rows // 2
+    pieces = [(middle, min(rows, middle + _FIRST_ROWS)), *row_pieces(rows, this.operand.columns)]
+    return all(np.array_equal(change(this.codes(*piece)), that.codes(*piece)) for piece in pieces)
 
 
 def _all_zero(side: Stored) -> bool:

@@ -115,20 +115,30 @@ def name_scales(a: Stored, b: Stored, found: Measured) -> str | None:
     changed = found.changed_scales or 0
     rows, row_blocks = a.operand.rows, a.operand.columns // BLOCK_SIZE
     many = changed * _FEW > rows * row_blocks
-    moved = False
-    if 2 * changed > rows * row_blocks:
-        # What only moves bytes keeps how many there are of each.
-        one, two = (np.bincount(side.scales(0, rows).reshape(-1)) for side in (a, b))
-        moved = bool(np.array_equal(one, two))
+    # What was done to scales alone leaves the codes, or puts some beyond the bound.
+    look = _named if found.beyond or not found.changed_codes else _only_counted
+    moved = 2 * changed > rows * row_blocks and look is _named and _same_bytes_of_each(a, b)
     if many and not moved and not any(found.not_finite):
         for start in (0, rows // 2):
             stop = min(rows, start + _SAMPLED_ROWS)
             sample = [np.array(side.scales(start, stop)) for side in (a, b)]
             if not np.array_equal(sample[0], sample[1]):
-                if _named(sample[0], sample[1], moved=False) is None:
+                if look(sample[0], sample[1], moved=False) is None:
                     return None
                 break
-    return _named(*(np.array(side.scales(0, rows)) for side in (a, b)), moved=moved)
+    return look(*(np.array(side.scales(0, rows)) for side in (a, b)), moved=moved)
+
+
+def _same_bytes_of_each(a: Stored, b: Stored) -> bool:
+    """Whether both sides have as many of every scale byte: what only moves bytes keeps that."""
+    one, two = (side.scales(0, side.operand.rows).reshape(-1) for side in (a, b))
+    if np.bitwise_xor.reduce(one) != np.bitwise_xor.reduce(two):
+        return False
+    return bool(np.array_equal(np.bincount(one, minlength=256), np.bincount(two, minlength=256)))
+
+
+def _only_counted(left: Array, right: Array, *, moved: bool) -> str | None:
+    return _counted(left, right)
 
 
 def _named(left: Array, right: Array, *, moved: bool) -> str | None:

@@ -16,6 +16,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from nvfp4check.checkpoint import bounds
 from nvfp4check.checkpoint.diff.kernel import (
     VOID_A,
     VOID_B,
@@ -26,7 +27,7 @@ from nvfp4check.checkpoint.diff.kernel import (
 from nvfp4check.checkpoint.diff.kernel_steps import BEYOND, FIRST_STEP, MOST_STEPS, STEPS
 from nvfp4check.checkpoint.diff.kernel_sums import CHANGED, CHANGED_SCALES, EMPTY_A, EMPTY_B
 from nvfp4check.checkpoint.diff.measured import Measured
-from nvfp4check.checkpoint.diff.operands import Stored, Values
+from nvfp4check.checkpoint.diff.operands import Stored
 from nvfp4check.checkpoint.diff.results import Worst
 from nvfp4check.checkpoint.diff.scale_pairs import scale_pairs
 from nvfp4check.checkpoint.naming import Part
@@ -63,7 +64,7 @@ def compare_nvfp4(a: Stored, b: Stored) -> Measured:
     _energies(found, scales[0] * _UNIT, scales[1] * _UNIT, measured)
     measured.equal = measured.equal and measured.energy_difference == 0
     if found.largest[0]:
-        _worst(a, b, int(found.block[0]) // max(1, row_blocks), measured)
+        _worst(a, b, int(found.block[0]), [scales[0], scales[1]], measured)
     return measured
 
 
@@ -107,12 +108,18 @@ def _energies(found: Found, unit_a: Fraction, unit_b: Fraction, measured: Measur
     measured.energy_difference = float(energy_a - 2 * unit_a * unit_b * mixed + energy_b)
 
 
-def _worst(a: Stored, b: Stored, row: int, measured: Measured) -> None:
-    """Look up the element of a row that differs most."""
-    (left, _), (right, _) = (Values(side).rows(row, row + 1) for side in (a, b))
-    distance = np.nan_to_num(np.abs(left[0] - right[0]), nan=0.0, posinf=0.0)
-    column = int(distance.argmax())
-    measured.max_abs = float(distance[column])
-    measured.worst = Worst(
-        row=row, column=column, a=float(left[0, column]), b=float(right[0, column])
-    )
+def _worst(a: Stored, b: Stored, block: int, scales: list[Fraction], measured: Measured) -> None:
+    """Look up the element of a block that differs most, the first one."""
+    row, column = divmod(block, a.operand.columns // BLOCK_SIZE)
+    first = column * BLOCK_SIZE
+    values = []
+    for side, scale in zip((a, b), scales, strict=True):
+        packed = side.codes(row, row + 1)[0, first // 2 : (first + BLOCK_SIZE) // 2]
+        codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(-1)
+        held = bounds.nvfp4_units()[side.scales(row, row + 1)[0, column], codes]
+        values.append(held * float(scale))
+    distances = np.abs(values[0] - values[1])
+    place = int(distances.argmax())
+    measured.max_abs = float(distances[place])
+    one, two = (float(side[place]) for side in values)
+    measured.worst = Worst(row=row, column=first + place, a=one, b=two)

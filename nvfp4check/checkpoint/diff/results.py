@@ -1,7 +1,7 @@
 """What was found of one pair of weights, in plain numbers that survive a journey through JSON."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 from nvfp4check.checkpoint.diff.classes import WeightClass
@@ -60,7 +60,9 @@ class WeightDiff:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON, with the names of the contract."""
-        document = asdict(self)
+        document = {each.name: getattr(self, each.name) for each in fields(self)}
+        document["ulp_histogram"] = dict(self.ulp_histogram)
+        document["worst"] = None if self.worst is None else asdict(self.worst)
         document["class"] = document.pop("cls").value
         for scales in ("global_scales", "input_scales"):
             document[scales] = [number_json(value) for value in document[scales]]
@@ -72,15 +74,15 @@ class WeightDiff:
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Self:
         """Make a result of what `to_json` gave."""
-        fields = dict(document)
-        fields["cls"] = WeightClass(fields.pop("class"))
-        fields["formats"] = tuple(fields["formats"])
-        fields["shapes"] = tuple(None if s is None else tuple(s) for s in fields["shapes"])
+        held = dict(document)
+        held["cls"] = WeightClass(held.pop("class"))
+        held["formats"] = tuple(held["formats"])
+        held["shapes"] = tuple(None if s is None else tuple(s) for s in held["shapes"])
         for name in ("not_finite", "global_scales", "input_scales"):
-            fields[name] = tuple(fields[name])
-        if fields["worst"] is not None:
-            fields["worst"] = Worst(**fields["worst"])
-        return cls(**fields)
+            held[name] = tuple(held[name])
+        if held["worst"] is not None:
+            held["worst"] = Worst(**held["worst"])
+        return cls(**held)
 
 
 def number_json(value: float | None) -> float | str | None:
