@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from nvfp4check.activations import Run
-from nvfp4check.capture import LOGITS, VLLM, Tap, capture, first_output
+from nvfp4check.capture import LOGITS, VLLM, Tap, capture, first_output, sum_of_outputs
 from nvfp4check.findings import CheckError
+from nvfp4check.layer_inputs import LayerInputs
 
 
 class Layer(nn.Module):
@@ -184,3 +185,135 @@ def test_the_residual_in_two_parts_is_summed() -> None:
     values = layer_tap.extract(nn.Identity(), (), (hidden, residual))
 
     assert values["hidden"].tolist() == [[11.0, 22.0]]
+
+
+class TwoPartLayer(Layer):
+    """A layer as vLLM's: the stream travels as (hidden_states, residual)."""
+
+    def forward(  # type: ignore[override]
+        self,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        total = hidden_states if residual is None else hidden_states + residual
+        return self.self_attn(self.input_layernorm(total)), total
+
+
+class OnePartLayer(Layer):
+    """A layer as transformers': the stream travels as hidden_states."""
+
+    def forward(self, hidden_states: torch.Tensor, *, scale: float = 1.0) -> torch.Tensor:  # type: ignore[override]
+        return scale * super().forward(hidden_states)
+
+
+class Given(Model):
+    """A model of three such layers, the second of which may be wrong."""
+
+    def __init__(self, kind: type[Layer], *, wrong: bool = False) -> None:
+        super().__init__()
+        self.model.layers = nn.ModuleList([kind(8) for _ in range(3)])
+        self.kind = kind
+        if wrong:
+            with torch.no_grad():
+                self.model.layers[1].self_attn.bias += 1
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x, residual = self.model.embed_tokens(tokens), None
+        for layer in self.model.layers:
+            if self.kind is TwoPartLayer:
+                x, residual = layer(torch.arange(tokens.numel()), x, residual)
+            else:
+                x = layer(x, scale=1.0)
+        logits: torch.Tensor = self.lm_head(x if residual is None else x + residual)
+        return logits
+
+
+@pytest.mark.parametrize("kind", [OnePartLayer, TwoPartLayer])
+def test_a_layer_that_is_given_its_states_is_judged_on_its_own(
+    kind: type[Layer], tmp_path: Path
+) -> None:
+    stream = first_output("hidden") if kind is OnePartLayer else sum_of_outputs("hidden")
+    taps = (TAPS[0], TAPS[1], Tap("model.layers.{layer}", stream))
+    prompts = {"p": [1, 2, 3, 4], "q": [5, 6]}
+
+    def captured(name: str, *, wrong: bool, inputs: Run | None) -> Run:
+        model = Given(kind, wrong=wrong).eval().requires_grad_(False)
+        with capture(model, tmp_path / name, taps, inputs=inputs) as session:
+            for prompt, tokens in prompts.items():
+                with session.prompt(prompt, tokens):
+                    model(torch.tensor([tokens]))
+        return Run.open(tmp_path / name)
+
+    golden = captured("golden", wrong=False, inputs=None)
+    alone = captured("alone", wrong=True, inputs=golden)
+    through = captured("through", wrong=True, inputs=None)
+
+    def equal(run: Run, layer: int, prompt: str) -> bool:
+        return torch.equal(*(side.point(layer, prompt, "hidden") for side in (run, golden)))
+
+    for prompt in prompts:
+        assert [equal(alone, layer, prompt) for layer in range(3)] == [True, False, True]
+        assert [equal(through, layer, prompt) for layer in range(3)] == [True, False, False]
+    assert alone.info.inputs == dict(LayerInputs(golden).digests)
+    assert through.info.inputs is None
+
+
+def test_a_prompt_in_pieces_is_given_its_states_piece_by_piece(tmp_path: Path) -> None:
+    class PerToken(OnePartLayer):
+        pass
+
+    model = Given(PerToken).eval().requires_grad_(False)
+    with capture(model, tmp_path / "golden", TAPS) as session, session.prompt("p", [1, 2, 3]):
+        model(torch.tensor([[1, 2, 3]]))
+    with (
+        capture(model, tmp_path / "pieces", TAPS, inputs=tmp_path / "golden") as session,
+        session.prompt("p", [1, 2, 3]),
+    ):
+        model(torch.tensor([[1, 2]]))
+        model(torch.tensor([[3]]))
+
+    golden, pieces = (Run.open(tmp_path / name) for name in ("golden", "pieces"))
+    assert torch.allclose(golden.point(2, "p", "hidden"), pieces.point(2, "p", "hidden"))
+
+
+def test_inputs_of_other_tokens_or_of_a_run_without_states_are_refused(tmp_path: Path) -> None:
+    model = Given(OnePartLayer).eval().requires_grad_(False)
+    with capture(model, tmp_path / "golden", TAPS) as session, session.prompt("p", [1, 2, 3]):
+        model(torch.tensor([[1, 2, 3]]))
+    with (
+        pytest.raises(CheckError, match="has not the same tokens for prompt 'p'"),
+        capture(model, tmp_path / "other", TAPS, inputs=tmp_path / "golden") as session,
+        session.prompt("p", [1, 2, 4]),
+    ):
+        model(torch.tensor([[1, 2, 4]]))
+    with (
+        pytest.raises(CheckError, match="layer 1 is called with rows 0 to 5"),
+        capture(model, tmp_path / "twice", TAPS, inputs=tmp_path / "golden") as session,
+        session.prompt("p", [1, 2, 3]),
+    ):
+        model(torch.tensor([[1, 2, 3, 1, 2, 3]]))
+    head = (Tap("lm_head", first_output(LOGITS)),)
+    with capture(model, tmp_path / "bare", head) as session, session.prompt("p", [1]):
+        model(torch.tensor([[1]]))
+    with (
+        pytest.raises(CheckError, match="recorded no hidden"),
+        capture(model, tmp_path / "bare2", TAPS, inputs=tmp_path / "bare"),
+    ):
+        pass
+
+
+def test_layers_that_cannot_be_given_states_are_refused(model: Model, tmp_path: Path) -> None:
+    with capture(model, tmp_path / "golden", TAPS) as session, session.prompt("p", [1, 2]):
+        model(torch.tensor([[1, 2]]))
+
+    with (
+        pytest.raises(CheckError, match=r"model\.layers\.1 takes x, expected hidden_states"),
+        capture(model, tmp_path / "run", TAPS, inputs=tmp_path / "golden"),
+    ):
+        pass
+    with (
+        pytest.raises(CheckError, match="no tap names the decoder layers"),
+        capture(model, tmp_path / "run", TAPS[:2], inputs=tmp_path / "golden"),
+    ):
+        pass
