@@ -85,8 +85,8 @@ def cache_format_of(checkpoint: Checkpoint, asked: KvCache) -> CacheFormat:
         return CacheFormat.FP8
     why = ""
     if algo.startswith("NVFP4"):
-        # vLLM 0.32: for keys and values of heads, and for the sparse attention of V3.2.
-        why = ": of the latent cache of this attention no engine defines it"
+        # vLLM 0.32: `nvfp4` for keys and values of heads, `nvfp4_ds_mla` for V3.2's sparse form.
+        why = ", which engines have for other attention than this"
     raise CheckError(
         f"{checkpoint.location}: kv_cache_quant_algo {algo!r}{why}; FP8 is computed, so give "
         "--kv-cache none"

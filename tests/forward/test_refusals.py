@@ -8,9 +8,7 @@ import pytest
 import torch
 
 from nvfp4check.findings import CheckError
-from nvfp4check.forward.options import (
-    ForwardOptions,
-)
+from nvfp4check.forward.options import ForwardOptions, KvCache
 from nvfp4check.forward.streaming import run_forward
 from nvfp4check.tokens import Prompt
 from nvfp4ref.deepseek_v3.linear import LinearMode
@@ -110,7 +108,7 @@ def test_unquantized_is_refused_for_a_quantised_checkpoint(
 
 @pytest.mark.parametrize(
     ("algo", "message"),
-    [("NVFP4", "'NVFP4': of the latent cache .* no engine defines it"), ("INT8", "'INT8'; FP8 is")],
+    [("NVFP4", "'NVFP4', which engines have for other attention"), ("INT8", "'INT8'; FP8 is")],
 )
 def test_a_cache_format_that_is_not_defined_is_refused_and_left_out_when_told(
     algo: str, message: str, edited: Callable[..., Path], prompts: list[Prompt], tmp_path: Path
