@@ -292,7 +292,8 @@ def _kv_scale(p: Planting, value: float) -> None:
     "kv-scale-reciprocal",
     does="A scale of the KV cache is 448/amax where amax/448 is meant.",
     threads=("intel/auto-round/pull/2366",),
-    remark="either direction is a sane number: 0.05 and 20 both occur",
+    found_by=("NV308",),
+    remark="only where the layer's weights bound its keys: either direction is a sane number",
 )
 def _kv_reciprocal(p: Planting) -> None:
     _kv_scale(p, 20.0)

@@ -1,4 +1,4 @@
-"""NV301 to NV307: the scales that hold for a whole tensor."""
+"""NV301 to NV306: the scales that hold for a whole tensor."""
 
 import math
 import statistics
@@ -18,7 +18,6 @@ from nvfp4check.checkpoint.rules.siblings import (
 from nvfp4check.findings import Severity
 
 _GITHUB = "https://github.com/"
-_KV_PARTS = (Part.K_SCALE, Part.V_SCALE, Part.Q_SCALE)
 
 #: Standard deviations of weights that trained models have.
 _LEAST_SD, _LARGEST_SD = 1e-4, 1.0
@@ -40,7 +39,8 @@ _MAD_TO_SD = 1.4826
 _FEWEST_SIBLINGS = 5
 
 
-def _why_invalid(value: float) -> str | None:
+def why_invalid(value: float) -> str | None:
+    """Say why a stored scale cannot be used, or None when it can."""
     if math.isnan(value):
         return "is NaN"
     if math.isinf(value):
@@ -50,7 +50,7 @@ def _why_invalid(value: float) -> str | None:
     return None if is_valid_scale(value) else "is subnormal"
 
 
-def _observed(value: float) -> float | str:
+def observed_scale(value: float) -> float | str:
     """Give a value that JSON can hold."""
     return value if math.isfinite(value) else str(value)
 
@@ -75,11 +75,11 @@ def global_scale_invalid(context: RuleContext) -> Iterator[Problem]:
     """Check every global scale."""
     for weight in with_global_scale(context.checkpoint):
         value = stored_scalar(context.checkpoint, weight, Part.GLOBAL_SCALE)
-        why = _why_invalid(value) if value is not None else None
+        why = why_invalid(value) if value is not None else None
         if value is not None and why is not None:
             yield Problem(
                 f"global scale {why} ({value:g}), expected a positive normal number",
-                observed=_observed(value),
+                observed=observed_scale(value),
                 **at_part(weight, Part.GLOBAL_SCALE),
             )
 
@@ -180,11 +180,11 @@ def input_scale_invalid(context: RuleContext) -> Iterator[Problem]:
                 )
             continue
         value = stored_scalar(context.checkpoint, weight, Part.INPUT_SCALE)
-        why = _why_invalid(value) if value is not None else None
+        why = why_invalid(value) if value is not None else None
         if value is not None and why is not None and why != "is subnormal":
             yield Problem(
                 f"input scale {why} ({value:g}), expected a positive number",
-                observed=_observed(value),
+                observed=observed_scale(value),
                 **at_part(weight, Part.INPUT_SCALE),
             )
 
@@ -269,35 +269,6 @@ def input_scale_outlier(context: RuleContext) -> Iterator[Problem]:
                 )
 
 
-@rule(
-    "NV307",
-    "kv-scale-invalid",
-    Severity.ERROR,
-    fires_when="a scale of the key-value cache is zero, negative or not finite",
-    why="Keys and values are divided by it when written and multiplied when read: what was "
-    "written is lost.",
-    repair="Write amax/448 (ModelOpt clamps it to at least 1 for FP8), or drop the scale: engines "
-    "then take 1.",
-    incidents=(
-        f"{_GITHUB}sgl-project/sglang/pull/40243",
-        f"{_GITHUB}intel/auto-round/pull/2366",
-    ),
-    level=RuleLevel.BYTES,
-)
-def kv_scale_invalid(context: RuleContext) -> Iterator[Problem]:
-    """Check the scales of keys, values and queries."""
-    for weight in context.checkpoint.weights.values():
-        for part in _KV_PARTS:
-            value = stored_scalar(context.checkpoint, weight, part)
-            why = _why_invalid(value) if value is not None else None
-            if value is not None and why is not None and why != "is subnormal":
-                yield Problem(
-                    f"{part} {why} ({value:g}), expected a positive number",
-                    observed=_observed(value),
-                    **at_part(weight, part),
-                )
-
-
 RULES: tuple[Rule, ...] = (
     global_scale_invalid,
     global_scale_convention,
@@ -305,5 +276,4 @@ RULES: tuple[Rule, ...] = (
     input_scale_invalid,
     input_scale_convention,
     input_scale_outlier,
-    kv_scale_invalid,
 )
