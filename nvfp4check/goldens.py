@@ -1,9 +1,10 @@
 """Goldens: runs that are kept, with where they came from, and held against later ones.
 
 A golden is a run directory; a MANIFEST.json, in it or in a folder above, lists each of its files
-with its origin, the versions and dtype behind it, and its sha256. A golden that is missing, differs
+with its origin, the versions and dtype behind it, and its sha256. A file that is missing, differs
 from its manifest or differs from the run at hand is a difference, always: recording one is a
-difference too, so that nothing passes in the same step in which it is blessed.
+difference too, so that nothing passes in the same step in which it is blessed. Where no golden is
+recorded at all there is nothing to hold anything against: that is an error, and no verdict.
 
 Contract of a comparison:
     bits       every tensor of the golden is there with the same dtype, shape and bytes
@@ -111,9 +112,9 @@ class Manifest:
                     document = json.loads(path.read_text(encoding="utf-8"))
                 except (OSError, ValueError) as error:
                     raise CheckError(f"{path}: cannot be read: {error}") from error
-                if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+                if not _is_manifest(document):
                     raise CheckError(f"{path}: is no manifest of goldens ({SCHEMA})")
-                return cls(path, dict(document["files"]))
+                return cls(path, document["files"])
         return cls(golden / MANIFEST_FILE, {})
 
     def name(self, file: Path) -> str:
@@ -187,10 +188,19 @@ def verify(
     """Hold a golden against its manifest, and a run or a fresh one of a checkpoint against it.
 
     Raises:
-        CheckError: The run or the checkpoint cannot be read.
+        CheckError: No golden is recorded there, or the run or the checkpoint cannot be read.
     """
-    differences = list(_against_manifest(golden))
-    compared = len(Manifest.near(golden).of(golden))
+    manifest = Manifest.near(golden)
+    listed = manifest.of(golden)
+    if not listed:
+        there = (
+            "holds a run, but no manifest lists it" if _run_files(golden) else "nothing is there"
+        )
+        raise CheckError(
+            f"{golden}: is no golden: {there}; `nvfp4check golden record RUN {golden}` makes one"
+        )
+    differences = list(_against_manifest(golden, manifest))
+    compared = len(listed)
     if (golden / RUN_FILE).is_file():
         kept = Run.open(golden)
         if run is not None:
@@ -264,12 +274,9 @@ def _distance(
     return f"relative distance {relative:.2e}, allowed {FLOAT32_LIMIT:.0e}"
 
 
-def _against_manifest(golden: Path) -> Iterator[Difference]:
-    manifest = Manifest.near(golden)
+def _against_manifest(golden: Path, manifest: Manifest) -> Iterator[Difference]:
     listed = manifest.of(golden)
     there = {manifest.name(file): file for file in _run_files(golden)}
-    if not listed:
-        yield Difference(file=str(golden), message="no golden is recorded here")
     for name, entry in listed.items():
         if name not in there and not (manifest.path.parent / name).is_file():
             yield Difference(file=name, message=f"missing, though {manifest.path.name} lists it")
@@ -307,6 +314,13 @@ def _run_files(run: Path) -> list[Path]:
     files = [run / name for name in top if (run / name).is_file()]
     files += sorted((run / LAYERS_FOLDER).glob("*.safetensors"))
     return files + sorted((run / MTP_FOLDER).glob("*/*.safetensors"))
+
+
+def _is_manifest(document: object) -> bool:
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        return False
+    files = document.get("files")
+    return isinstance(files, dict) and all(isinstance(entry, dict) for entry in files.values())
 
 
 def _recorded(old: Path | None, new: Path | None) -> str:

@@ -85,15 +85,43 @@ def test_another_run_takes_a_goldens_place_only_when_told_and_does_not_pass_then
     assert verify(golden, other).holds
 
 
-def test_a_golden_that_is_missing_fails(tmp_path: Path, run: Path) -> None:
-    assert not verify(tmp_path / "nowhere", run).holds
+def test_where_no_golden_is_recorded_nothing_can_be_verified(tmp_path: Path, run: Path) -> None:
+    with pytest.raises(CheckError, match=r"nowhere: is no golden: nothing is there; .* record RUN"):
+        verify(tmp_path / "nowhere", run)
+    with pytest.raises(CheckError, match="holds a run, but no manifest lists it"):
+        verify(run, run)
 
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        "[]",
+        "{",
+        '{"schema": "nvfp4check/goldens/1"}',
+        '{"schema": "nvfp4check/goldens/1", "files": {"run.json": 7}}',
+        '{"schema": "nvfp4check/goldens/2", "files": {}}',
+    ],
+)
+def test_a_manifest_that_is_none_is_refused(manifest: str, tmp_path: Path) -> None:
+    (tmp_path / "MANIFEST.json").write_text(manifest)
+
+    with pytest.raises(CheckError, match=r"MANIFEST\.json: (is no manifest|cannot be read)"):
+        verify(tmp_path)
+
+
+def test_a_golden_that_lacks_a_file_fails(tmp_path: Path, run: Path) -> None:
     golden = tmp_path / "golden"
     record(run, golden, "a test")
     (golden / "logits.safetensors").unlink()
     found = verify(golden, run)
 
     assert [d.message for d in found.differences] == ["missing, though MANIFEST.json lists it"]
+
+    shutil.copy(golden / "MANIFEST.json", tmp_path)
+    shutil.rmtree(golden)
+    golden.mkdir()
+    shutil.move(tmp_path / "MANIFEST.json", golden)
+    assert len(verify(golden, run).differences) == verify(golden, run).compared
 
 
 def test_a_changed_byte_and_an_unlisted_file_fail(tmp_path: Path, run: Path) -> None:

@@ -90,7 +90,11 @@ def verify(
     format: PlainFormatOption = None,
     output: OutputOption = None,
 ) -> int:
-    """Check a golden against its manifest, and a run, or a fresh one, against the golden."""
+    """Check a golden against its manifest, and a run, or a fresh one, against the golden.
+
+    Exit code 1: a file is missing, or something differs. 2: no golden is recorded there, so nothing
+    could be checked.
+    """
     into = prepared_format(format, output)
     from nvfp4check import goldens
 

@@ -118,14 +118,29 @@ def test_a_golden_is_recorded_then_verified_then_missed(
     assert json.loads(other.out)["verdict"] == "fail"
 
 
-@pytest.mark.parametrize("format", ["markdown", "html"])
+@pytest.mark.parametrize("format", ["text", "markdown", "html"])
 def test_differences_of_a_golden_are_shown_in_every_format(
-    format: str, run: Callable[..., Any], tmp_path: Path
+    format: str, run: Callable[..., Any], prompts: Path, tmp_path: Path
 ) -> None:
-    done = run("golden", "verify", str(tmp_path / "none"), "--format", format)
+    out, golden = str(tmp_path / "run"), tmp_path / "golden"
+    run("forward", str(TINY / "bf16"), "--prompts", str(prompts), "--out", out)
+    run("golden", "record", out, str(golden), "--origin", "a test")
+    (golden / "logits.safetensors").unlink()
+
+    done = run("golden", "verify", str(golden), "--format", format)
 
     assert done.code == 1
-    assert "no golden is recorded here" in done.out
+    assert "missing, though MANIFEST.json lists it" in done.out
+
+
+def test_a_golden_that_is_not_there_could_not_be_checked(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    done = run("golden", "verify", str(tmp_path / "none"), "--run", str(tmp_path / "run"))
+
+    assert done.code == 2
+    assert done.out == ""
+    assert "is no golden: nothing is there" in done.err
 
 
 def test_progress_on_a_terminal_names_the_part_of_the_model_and_the_bytes(
