@@ -1,5 +1,6 @@
 """Checkpoints of a few weights, quantised by the reference, beside the base they came from."""
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ def _write(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
 @pytest.fixture
 def audited(tmp_path: Path) -> Callable[..., Quantized]:
     """Quantise a weight under a convention, change it if asked, write it down and audit it."""
+    numbers = itertools.count()
 
     def make(
         x: torch.Tensor,
@@ -71,8 +73,9 @@ def audited(tmp_path: Path) -> Callable[..., Quantized]:
                 encode.reshape(1) if packed else decode
             ),
         }
-        ours = open_checkpoint(_write(tmp_path / "quantized", stored))
-        theirs = open_checkpoint(_write(tmp_path / "base", base or {NAME: x}))
+        number = next(numbers)
+        ours = open_checkpoint(_write(tmp_path / f"quantized-{number}", stored))
+        theirs = open_checkpoint(_write(tmp_path / f"base-{number}", base or {NAME: x}))
         found = audit_weight(Reader(ours), ours.weights[NAME], Reader(theirs), theirs.weights[NAME])
         return Quantized(x, unpack(codes), scales, decode, encode, found)
 
