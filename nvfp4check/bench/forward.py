@@ -1,12 +1,14 @@
 """One full-size layer of DeepSeek-V3 with experts, streamed: memory, bytes a second, shares.
 
     python -m nvfp4check.bench forward [--tokens 64] [--experts 256] [--mode stored]
+                                       [--bounds bfloat16]
 
 A synthetic checkpoint of one layer (7168 x 2048 x 256 experts in NVFP4, attention as published:
 about 6 GB) is written to a temporary folder, filled with random codes. `nvfp4check forward` runs
 over it in a process of its own, once to warm the page cache and once measured: peak RSS, seconds,
 bytes a second and the share of each kind of work. Then reading, dequantising and multiplying the
-same weights are each measured alone, and the whole model's time is reckoned from the bytes.
+same weights are each measured alone, and the whole model's time is reckoned from the bytes. With
+--bounds the run is repeated with bounds derived beside it.
 """
 
 import argparse
@@ -126,7 +128,9 @@ def write_checkpoint(directory: Path, experts: int) -> None:
                 left -= file.write(fill[: min(left, len(fill))].data)
 
 
-def forward(directory: Path, tokens: int, mode: str) -> tuple[dict[str, Any], float, int]:
+def forward(
+    directory: Path, tokens: int, mode: str, bounds: str | None = None
+) -> tuple[dict[str, Any], float, int]:
     """Run the command; return its result, the seconds it took and its peak RSS in bytes."""
     prompts = directory / "prompts.jsonl"
     prompts.write_text(json.dumps({"id": "p", "tokens": [(37 * i) % 4096 for i in range(tokens)]}))
@@ -135,6 +139,7 @@ def forward(directory: Path, tokens: int, mode: str) -> tuple[dict[str, Any], fl
             *(sys.executable, "-m", "nvfp4check", "forward", str(directory)),
             *("--prompts", str(prompts), "--out", f"{out}/run", "--mode", mode),
             *("--format", "json"),
+            *(() if bounds is None else ("--bounds", bounds)),
         ]
         start = time.perf_counter()
         done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -186,12 +191,21 @@ def alone(checkpoint: Checkpoint, tokens: int, mode: str, share: int = 8) -> dic
     return {work: seconds * share for work, seconds in spent.items()}
 
 
-def measure(directory: Path, tokens: int, mode: str) -> dict[str, Any]:
+def with_bounds(directory: Path, tokens: int, mode: str, bounds: str) -> dict[str, Any]:
+    """Return what a run costs that derives bounds; it is the last, for its peak is the highest."""
+    forward(directory, tokens, mode, bounds)  # compiles
+    result, _, peak = forward(directory, tokens, mode, bounds)
+    work = result["seconds_by_work"]
+    return {"dtypes": bounds, "seconds": result["seconds"], "peak_rss": peak, "by_work": work}
+
+
+def measure(directory: Path, tokens: int, mode: str, bounds: str | None = None) -> dict[str, Any]:
     """Return the document of the measurement."""
     forward(directory, tokens, mode)  # fills the page cache and compiles
     result, _, peak = forward(directory, tokens, mode)
     checkpoint = open_checkpoint(directory)
     parts = alone(checkpoint, tokens, mode)
+    bounded = with_bounds(directory, tokens, mode, bounds) if bounds is not None else None
     speed = result["bytes_read"] / result["seconds"]
     return {
         "schema": "nvfp4check/bench-forward/1",
@@ -208,7 +222,21 @@ def measure(directory: Path, tokens: int, mode: str) -> dict[str, Any]:
         "experts_alone": {work: round(seconds, 3) for work, seconds in parts.items()},
         "times_the_sum": round(result["seconds"] / sum(parts.values()), 3),
         "whole_model_seconds": round(WHOLE_MODEL / speed),
+        "bounds": bounded,
     }
+
+
+def _bounds_rows(document: dict[str, Any]) -> list[tuple[str, str]]:
+    bounds = document["bounds"]
+    if bounds is None:
+        return []
+    ratio = bounds["seconds"] / document["seconds"]
+    peak = f"peak RSS {bounds['peak_rss'] / 2**30:.2f} GiB"
+    shares = ", ".join(f"{work} {spent:.1f} s" for work, spent in bounds["by_work"].items())
+    return [
+        (f"with bounds for {bounds['dtypes']}", f"{bounds['seconds']:.1f} s, {ratio:.2f} times"),
+        ("", f"{peak}; {shares}"),
+    ]
 
 
 def text_of(document: dict[str, Any]) -> str:
@@ -230,6 +258,7 @@ def text_of(document: dict[str, Any]) -> str:
         ("work (read runs beside)", shares),
         ("experts, each work alone", alone_),
         ("time over their sum", f"{document['times_the_sum']:.2f}"),
+        *_bounds_rows(document),
         ("413 GB at this speed", f"{document['whole_model_seconds'] / 60:.0f} min"),
     ]
     return tabulate(rows, tablefmt="plain") + "\n"
@@ -243,6 +272,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--experts", type=int, default=256, help="fewer for a quick look")
     parser.add_argument("--mode", choices=("stored", "weight-only"), default="stored")
+    parser.add_argument("--bounds", help="dtypes that bounds are derived for, with commas")
     parser.add_argument("--dir", type=Path, help="where the layer of about 6 GB is written")
     parser.add_argument("--format", choices=("text", "json"), default="text")
     parser.add_argument("--output", type=Path)
@@ -252,7 +282,7 @@ def main(argv: Sequence[str]) -> int:
         with tempfile.TemporaryDirectory(dir=args.dir, prefix="nvfp4check-layer-") as folder:
             directory = Path(folder) / "checkpoint"
             write_checkpoint(directory, args.experts)
-            document = measure(directory, args.tokens, args.mode)
+            document = measure(directory, args.tokens, args.mode, args.bounds)
         text = json.dumps(document, indent=2) if args.format == "json" else text_of(document)
         write(text, args.output)
     except (CheckError, subprocess.CalledProcessError) as error:
