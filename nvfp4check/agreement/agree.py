@@ -80,6 +80,8 @@ class Criterion:
     limit: float | None
     #: The smallest true difference that such a sample shows.
     effect: float | None
+    #: One-sided bounds of the true value at alpha; None where nothing is known or estimated.
+    bounds: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -397,8 +399,17 @@ def _equal(
 def _limit(
     what: str, decision: Decision, found: Estimate, limit: float, options: AgreeOptions
 ) -> Criterion:
-    effect = found.smallest_effect(options.alpha, options.power)
-    return Criterion(what=what, decision=decision, found=found.mean, limit=limit, effect=effect)
+    known = bool(found.resamples)
+    return Criterion(
+        what=what,
+        decision=decision,
+        found=found.mean,
+        limit=limit,
+        effect=found.smallest_effect(options.alpha, options.power),
+        bounds=(found.lower_bound(options.alpha), found.upper_bound(options.alpha))
+        if known
+        else None,
+    )
 
 
 def _plain(what: str, decision: Decision) -> Criterion:

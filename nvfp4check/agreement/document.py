@@ -38,6 +38,7 @@ def agree_document(result: AgreeResult, words: Words | None = None) -> dict[str,
                 "decision": criterion.decision.value,
                 "found": number(criterion.found),
                 "limit": criterion.limit,
+                "bounds": criterion.bounds and [number(bound) for bound in criterion.bounds],
                 "smallest_effect": number(criterion.effect),
             }
             for criterion in result.criteria

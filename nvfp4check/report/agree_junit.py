@@ -17,9 +17,7 @@ def agree_junit(document: Mapping[str, Any]) -> str:
     suite = ElementTree.Element("testsuite", name=f"nvfp4check agree {words.title(document)}")
     for criterion in document["criteria"]:
         case = _case(suite, "criterion", criterion["what"])
-        found = (
-            f"found {words.number(criterion['found'])}, limit {words.number(criterion['limit'])}"
-        )
+        found = words.criterion_sentence(criterion, document["alpha"])
         if criterion["decision"] == "fail":
             ElementTree.SubElement(case, "failure", type="fail", message=found)
         elif criterion["decision"] == "undecided":

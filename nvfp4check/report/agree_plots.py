@@ -9,8 +9,9 @@ from nvfp4check.report.agree_words import number
 from nvfp4check.report.histograms import Bar, Plot, histogram
 from nvfp4check.report.visible import visible
 
-#: More ticks than this do not stand beside one another.
+#: More ticks than this do not stand beside one another, and more decades neither.
 _MOST_TICKS = 12
+_MOST_DECADES = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,8 @@ class LinePlot:
     #: Words and height from the top of each line of the grid.
     grid: tuple[tuple[str, float], ...]
     ticks: tuple[str, ...]
+    #: What the ticks are.
+    axis: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,7 @@ class HeatMap:
     rows: tuple[tuple[str, tuple[tuple[int, float, str], ...]], ...]
     columns: int
     ticks: tuple[str, ...]
+    axis: str = ""
 
 
 def line_plot(
@@ -52,6 +56,7 @@ def line_plot(
     caption: str,
     series: Sequence[tuple[str, str, Sequence[float | None]]],
     labels: Sequence[str],
+    axis: str = "",
 ) -> LinePlot | None:
     """Return the plot of positive values; zeros and absent ones are gaps. None without any."""
     logs = [math.log10(v) for _, _, values in series for v in values if v]
@@ -79,7 +84,7 @@ def line_plot(
         lines.append(Line(name, tone, whole, tuple(dots)))
     step = max(1, (high - low) // 6)
     grid = tuple((f"1e{e}", height(10.0**e)) for e in range(low, high + 1, step))
-    return LinePlot(title, caption, tuple(lines), grid, _ticks(labels))
+    return LinePlot(title, caption, tuple(lines), grid, _ticks(labels), axis)
 
 
 def _ticks(labels: Sequence[str]) -> tuple[str, ...]:
@@ -109,9 +114,10 @@ def error_plot(document: Mapping[str, Any]) -> LinePlot | None:
         series.append(("bound of hidden", "line-bound", values("hidden", "bound")))
     return line_plot(
         "Relative error by layer",
-        "logarithmic; equal points have no mark",
+        "|candidate - reference| / |reference|, logarithmic; equal points have no mark",
         series,
         [str(layer) for layer in layers],
+        "layer",
     )
 
 
@@ -120,20 +126,34 @@ def position_plot(document: Mapping[str, Any]) -> LinePlot | None:
     buckets = document["logits"]["by_position"]
     return line_plot(
         "Mean KL by position",
-        "position in the prompt; logarithmic",
+        "in nats, over all prompts that are so long; logarithmic",
         [("KL", "line-c", [bucket["kl_mean"] for bucket in buckets])],
         [f"{bucket['low']:g}" for bucket in buckets],
+        "position in the prompt",
     )
 
 
 def kl_plot(document: Mapping[str, Any]) -> Plot:
-    """Return the histogram of KL by decade."""
-    rows = dict(document["logits"]["kl_histogram"])
-    caption = f"{sum(rows.values()):,} positions, by the power of ten below their KL"
-    labels = [label.replace("-", "\u2212") for label in rows]  # a minus does not break a line
+    """Return the histogram of KL by decade, from the lowest that occurs to the highest."""
+    rows = [(label, count) for label, count in document["logits"]["kl_histogram"]]
+    there = [place for place, (_, count) in enumerate(rows) if count]
+    low = max(0, min(there, default=0) - 1)
+    high = max(there, default=0) + 2
+    shown = dict(rows[low:high])
+    labels = [_decade(label) for label in shown]
+    step = max(1, math.ceil(len(labels) / _MOST_DECADES))
     return histogram(
-        "KL", caption, rows, [label if i % 2 == 0 else "" for i, label in enumerate(labels)]
+        "Positions by their KL",
+        f"number of positions, {sum(shown.values()):,} in all",
+        shown,
+        [label if i % step == 0 else "" for i, label in enumerate(labels)],
+        "KL in nats, from this power of ten to the next",
     )
+
+
+def _decade(label: str) -> str:
+    """Return a label with signs that do not break a line."""
+    return label.replace("-", "\u2212").replace(">=", "\u2265").replace("<", "<\u2060")
 
 
 def prompt_plot(document: Mapping[str, Any]) -> Plot:
@@ -147,8 +167,14 @@ def prompt_plot(document: Mapping[str, Any]) -> Plot:
         )
         for prompt in prompts
     )
-    ticks = _ticks([visible(prompt["id"], 12) for prompt in prompts])
-    return Plot("Top-1 agreement by prompt", "full height is 100 %", bars, ticks)
+    return Plot(
+        "Top-1 agreement by prompt",
+        "share of positions where both rank the same token first",
+        bars,
+        _ticks([visible(prompt["id"], 12) for prompt in prompts]),
+        (("0 %", 100.0), ("50 %", 50.0), ("100 %", 0.0)),
+        "prompt",
+    )
 
 
 def flip_map(document: Mapping[str, Any]) -> HeatMap | None:
@@ -176,5 +202,5 @@ def flip_map(document: Mapping[str, Any]) -> HeatMap | None:
     )
     columns = max(len(layer["by_position"]) for layer in routing["layers"])
     ticks = _ticks([str(place * width) for place in range(columns)])
-    caption = f"tokens that went to other experts, by position; darkest is {most}"
-    return HeatMap("Other experts", caption, rows, columns, ticks)
+    caption = f"number of tokens that went to other experts; the darkest cell is {most}"
+    return HeatMap("Other experts", caption, rows, columns, ticks, "position in the prompt")

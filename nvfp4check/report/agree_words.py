@@ -8,7 +8,7 @@ from nvfp4check.report.visible import visible
 Document = Mapping[str, Any]
 Row = tuple[str, ...]
 
-LOGIT_HEADERS = ("over all positions", "candidate", "95 % interval", "noise floor")
+LOGIT_HEADERS = ("over all positions; KL in nats", "candidate", "95 % interval", "noise floor")
 LAYER_HEADERS = (
     "layer",
     "attn_output",
@@ -22,7 +22,14 @@ LAYER_HEADERS = (
     "flips",
 )
 BUCKET_HEADERS = ("reference's confidence", "positions", "mean KL", "top-1")
-WORST_HEADERS = ("prompt", "position", "KL", "text up to there", "reference", "candidate")
+WORST_HEADERS = (
+    "prompt",
+    "position",
+    "KL",
+    "text up to there",
+    "reference's next",
+    "candidate's next",
+)
 PROMPT_HEADERS = ("prompt", "positions", "mean KL", "top-1")
 FLIP_HEADERS = (
     "layer",
@@ -61,7 +68,7 @@ def number(value: float | None, form: str = "g") -> str:
         return "-"
     if form == "%":
         return f"{value:.2%}"
-    return f"{value:.4f}" if form == "f" else f"{value:.3g}"
+    return f"{value:.4f}" if form == "f" and value < 1e4 else f"{value:.3g}"
 
 
 def heading(document: Document) -> str:
@@ -92,17 +99,33 @@ def _run_facts(run: Mapping[str, Any]) -> str:
 def criteria_sentences(document: Document) -> Iterator[str]:
     """Say what was judged, and how."""
     for criterion in document["criteria"]:
-        text = f"{criterion['decision'].upper()}: {criterion['what']}"
-        if criterion["found"] is not None and criterion["limit"] is not None:
-            text += f", found {number(criterion['found'])}, limit {number(criterion['limit'])}"
-        if criterion["smallest_effect"] is not None:
-            text += f"; a true change of {number(criterion['smallest_effect'])} would show"
-        yield text
+        yield criterion_sentence(criterion, document["alpha"])
     if not document["criteria"]:
         yield (
             "Nothing was judged: give limits (--max-kl, --min-top1) or a noise run (--noise); "
             "the numbers below stand for themselves."
         )
+
+
+def criterion_sentence(criterion: Mapping[str, Any], alpha: float) -> str:
+    """Say how one thing was decided, and by what."""
+    text = f"{criterion['decision'].upper()}: {criterion['what']}"
+    if criterion["limit"] is None:
+        return text
+    if criterion["what"].endswith("without NaN or infinity"):
+        return f"{text}: {number(criterion['found'])} hold some"
+    share = criterion["what"].startswith("top-1")
+    form = "%" if share else "g"
+    text += f" {number(criterion['found'], form)}, limit {number(criterion['limit'], form)}"
+    bounds = criterion.get("bounds")
+    if not bounds:
+        return f"{text}; too few positions to be sure of anything"
+    low, high = (number(bound, form) for bound in bounds)
+    sure = f"with {100 * (1 - alpha):.4g} % confidence"
+    if criterion["decision"] == "undecided":
+        return f"{text}; {sure} each way between {low} and {high}, which more prompts would narrow"
+    passes = criterion["decision"] == "pass"
+    return f"{text}; {sure} at most {high}" if passes != share else f"{text}; {sure} at least {low}"
 
 
 def divergence_sentence(document: Document) -> str | None:
@@ -119,7 +142,9 @@ def divergence_sentence(document: Document) -> str | None:
         return f"Layers: every point is {held}."
     text = f" ({visible(found['text'])!r})" if found.get("text") else ""
     against = found["held_against"]
-    held = f"held against the {against}" if against != "nothing" else "held against nothing"
+    held = f"held against the {against}"
+    if against == "nothing":
+        held = "any difference counts, as no noise run (--noise) says what rounding does"
     return (
         f"First divergence: layer {found['layer']}, {found['point']}, prompt "
         f"{visible(found['prompt'])}, token {found['token']}{text}; {held}."
@@ -168,6 +193,13 @@ def logit_notes(document: Document) -> Iterator[str]:
         f"by {number(logits['top1_smallest_effect'], '%')}, would be seen with "
         f"{document['power']:.0%} probability at alpha {document['alpha']:g}."
     )
+    if prompts == 1:
+        yield "One prompt: the intervals speak of that text, and not of how others would do."
+    if logits["positions"] >= 3:
+        yield (
+            f"What happens at fewer than 1 in {logits['positions'] // 3:,} positions may be absent "
+            "from this sample, and from all of these numbers."
+        )
     if logits["contaminated"]:
         yield f"{logits['contaminated']:,} positions hold NaN or infinity and are left out."
     if logits["kl_infinite"]:
@@ -331,12 +363,16 @@ def worst_rows(document: Document) -> list[Row]:
             visible(worst["prompt"], 20),
             str(worst["position"]),
             number(worst["kl"]),
-            visible(worst["before"] or "")[-40:],
+            _end(visible(worst["before"] or "")),
             _token(worst["reference"]),
             _token(worst["candidate"]),
         )
         for worst in document["logits"]["worst"]
     ]
+
+
+def _end(text: str, most: int = 40) -> str:
+    return text if len(text) <= most else f"\u2026{text[1 - most :]}"
 
 
 def _token(token: Mapping[str, Any]) -> str:

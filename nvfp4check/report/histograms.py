@@ -8,6 +8,9 @@ from nvfp4ref.formats import E2M1, E4M3, ElementFormat
 #: A bar that stands for anything at all is drawn at least this high, in per cent.
 _LEAST_HEIGHT = 0.7
 
+#: Steps of a scale at most.
+_MOST_STEPS = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Bar:
@@ -26,10 +29,18 @@ class Plot:
     caption: str
     bars: tuple[Bar, ...]
     ticks: tuple[str, ...]
+    #: Words at the left, and how far from the top they stand, in per cent.
+    scale: tuple[tuple[str, float], ...] = ()
+    #: What the ticks are.
+    axis: str = ""
 
 
 def histogram(
-    title: str, caption: str, counts: Mapping[str, int], ticks: Sequence[str] | None = None
+    title: str,
+    caption: str,
+    counts: Mapping[str, int],
+    ticks: Sequence[str] | None = None,
+    axis: str = "",
 ) -> Plot:
     """Return the histogram of counts by label; the labels are the ticks unless others are given."""
     total = sum(counts.values())
@@ -42,7 +53,28 @@ def histogram(
         )
         for label, count in counts.items()
     )
-    return Plot(title, caption, bars, tuple(counts if ticks is None else ticks))
+    words = tuple(counts if ticks is None else ticks)
+    return Plot(title, caption, bars, words, count_scale(tallest), axis)
+
+
+def count_scale(tallest: int) -> tuple[tuple[str, float], ...]:
+    """Return round counts from 0 to the tallest bar, and how far from the top each stands."""
+    if tallest <= 0:
+        return ()
+    step = 1
+    while step * _MOST_STEPS < tallest:
+        # 1, 2, 5, 10, 20 ...
+        step = step * 5 // 2 if str(step)[0] == "2" else step * 2
+    steps = range(0, tallest + 1, step)
+    return tuple((_short(count), round(100 - 100 * count / tallest, 2)) for count in steps)
+
+
+def _short(count: int) -> str:
+    """Return a count in few characters; it is round."""
+    for size, name in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if count >= 10 * size:
+            return f"{count // size:,} {name}"
+    return f"{count:,}"
 
 
 def code_label(code: int) -> str:

@@ -7,7 +7,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from nvfp4check.report.agree_plots import error_plot, flip_map, line_plot
+from nvfp4check.report.agree_plots import error_plot, flip_map, kl_plot, line_plot
+from nvfp4check.report.agree_words import criterion_sentence
 from nvfp4check.report.formats import Format
 from nvfp4check.report.render import render
 
@@ -61,6 +62,7 @@ def agreement(hostile: str) -> Document:
                 "decision": "fail",
                 "found": 0.5,
                 "limit": 0.1,
+                "bounds": [0.3, 0.7],
                 "smallest_effect": 0.02,
             }
         ],
@@ -151,7 +153,7 @@ def test_text_names_the_divergence_and_folds_what_is_missing(agreement: Document
     text = render(agreement, Format.TEXT)
 
     assert text.startswith("FAIL: candidate against reference\n")
-    assert "FAIL: mean KL, found 0.5, limit 0.1" in text
+    assert "FAIL: mean KL 0.5, limit 0.1; with 95 % confidence at least 0.3" in text
     assert "First divergence: layer 1, mlp_output" in text
     assert "(and 4 more like it)" in text
     assert "3 (1 *)" in text
@@ -191,8 +193,9 @@ def test_the_page_is_whole_and_holds_no_markup_of_names(agreement: Document) -> 
     assert page.open == []
     assert page.tags["script"] == 0
     assert not {"link", "img", "iframe"} & set(page.tags)
-    assert page.tags["svg"] == 2  # errors by layer, and one row of the map of flips
-    assert page.tags["polyline"] == 1  # the floor; one layer with an error makes no line
+    legend = 4
+    assert page.tags["svg"] == 2 + legend  # errors by layer, and one row of the map of flips
+    assert page.tags["polyline"] == 1 + legend  # the floor; one layer with an error makes no line
 
 
 def test_a_line_stands_where_its_logarithm_does_and_breaks_at_a_gap() -> None:
@@ -218,3 +221,45 @@ def test_the_darkest_cell_is_the_one_with_most_flips(agreement: Document) -> Non
     assert heat is not None
     ((_, cells),) = heat.rows
     assert [(place, strength) for place, strength, _ in cells] == [(1, 1.0), (2, 0.625)]
+
+
+@pytest.mark.parametrize(
+    ("what", "decision", "said"),
+    [
+        ("mean KL", "pass", "PASS: mean KL 0.5, limit 0.6; with 95 % confidence at most 0.7"),
+        ("mean KL", "fail", "FAIL: mean KL 0.5, limit 0.6; with 95 % confidence at least 0.3"),
+        (
+            "top-1 agreement",
+            "pass",
+            "PASS: top-1 agreement 50.00%, limit 60.00%; with 95 % confidence at least 30.00%",
+        ),
+        (
+            "top-1 agreement",
+            "fail",
+            "FAIL: top-1 agreement 50.00%, limit 60.00%; with 95 % confidence at most 70.00%",
+        ),
+    ],
+)
+def test_a_decision_is_told_with_the_bound_it_rests_on(what: str, decision: str, said: str) -> None:
+    criterion = {"what": what, "decision": decision, "found": 0.5, "limit": 0.6}
+
+    assert criterion_sentence({**criterion, "bounds": [0.3, 0.7]}, 0.05) == said
+
+
+def test_what_is_open_is_told_with_both_bounds_and_a_remedy() -> None:
+    criterion = {"what": "mean KL", "decision": "undecided", "found": 0.5, "limit": 0.6}
+
+    assert "between 0.3 and 0.7, which more prompts" in criterion_sentence(
+        {**criterion, "bounds": [0.3, 0.7]}, 0.05
+    )
+    assert "too few positions" in criterion_sentence({**criterion, "bounds": None}, 0.05)
+
+
+def test_the_histogram_of_kl_shows_the_decades_that_occur_and_one_beside_them() -> None:
+    counts = [["0", 0], ["<1e-12", 0], ["1e-12", 0], ["1e-11", 3], ["1e-10", 12], ["1e-9", 0]]
+    plot = kl_plot({"logits": {"kl_histogram": [*counts, ["1e-8", 0]]}})
+
+    assert [bar.count for bar in plot.bars] == [0, 3, 12, 0]
+    assert plot.ticks == ("1e\u221212", "1e\u221211", "1e\u221210", "1e\u22129")
+    assert plot.scale == (("0", 100.0), ("5", 58.33), ("10", 16.67))
+    assert plot.bars[2].height == 100

@@ -1,8 +1,10 @@
+import pytest
 import torch
 
 from nvfp4check.report.histograms import (
     code_counts,
     code_label,
+    count_scale,
     scale_counts,
     scale_label,
     weight_plots,
@@ -55,3 +57,27 @@ def test_negative_and_nan_scales_widen_the_plot() -> None:
 
 def test_what_was_not_read_has_no_plot() -> None:
     assert weight_plots(None, None) == []
+
+
+@pytest.mark.parametrize(
+    ("tallest", "words"),
+    [
+        (0, []),
+        (1, ["0", "1"]),
+        (7, ["0", "2", "4", "6"]),
+        (28, ["0", "10", "20"]),
+        (40, ["0", "10", "20", "30", "40"]),
+        (41, ["0", "20", "40"]),
+        (81_000, ["0", "50 k"]),
+        (35_000_000, ["0", "10 M", "20 M", "30 M"]),
+        (123_456_789_012, ["0", "50 G", "100 G"]),
+    ],
+)
+def test_a_scale_has_round_counts_that_stand_where_bars_of_that_height_end(
+    tallest: int, words: list[str]
+) -> None:
+    scale = count_scale(tallest)
+
+    assert [label for label, _ in scale] == words
+    assert all(0 <= place <= 100 for _, place in scale)
+    assert not scale or scale[0][1] == 100
