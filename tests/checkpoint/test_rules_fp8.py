@@ -86,6 +86,34 @@ def test_scales_that_no_weight_can_have_are_found(
     assert finding.offset == clone.entry(SCALE).start + 4
 
 
+@pytest.mark.parametrize(
+    ("dtype", "sound", "bad", "said"),
+    [
+        ("BF16", b"\x80\x3f", b"\x80\x7f", "is not finite"),
+        ("BF16", b"\x80\x3f", b"\x00\x00", "is zero"),
+        ("F8_E8M0", b"\x7f", b"\xff", "is not finite"),
+    ],
+)
+def test_scales_of_other_dtypes_are_read_too(
+    clone: CheckpointEditor, dtype: str, sound: bytes, bad: bytes, said: str
+) -> None:
+    entry = clone.entry(SCALE)
+    for second, rules in ((sound, set()), (bad, {"NV801"})):
+        clone.drop(SCALE)
+        clone.add(
+            SCALE,
+            sound + second + sound * (entry.numel - 2),
+            dtype=dtype,
+            shape=entry.shape,
+            shard=entry.shard,
+        )
+        findings = [f for f in run(clone.path).findings if f.rule == "NV801"]
+
+        assert {finding.rule for finding in findings} == rules
+    assert said in findings[0].message
+    assert findings[0].offset == clone.entry(SCALE).start + len(sound)
+
+
 def test_values_are_not_read_at_level_headers(clone: CheckpointEditor) -> None:
     clone.array(SCALE, "<f4").reshape(-1)[1] = 0.0
 

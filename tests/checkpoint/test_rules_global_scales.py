@@ -133,3 +133,28 @@ def test_an_expert_far_from_its_siblings_is_found(
     clone.set_scalar(INPUT, median * factor)
 
     assert the_only(findings(clone.path), "NV306").tensor == INPUT
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
+def test_a_factor_of_the_input_that_cannot_be_is_found(
+    clone: CheckpointEditor, findings: Findings, value: float
+) -> None:
+    name = f"{MODULE}.pre_quant_scale"
+    factors = np.ones(64, np.float32)
+    factors[5] = value
+    clone.add(name, factors.tobytes(), dtype="F32", shape=(64,))
+    finding = the_only([f for f in findings(clone.path) if f.rule.startswith("NV3")], "NV304")
+
+    assert (finding.tensor, finding.count) == (name, 1)
+    assert "at column 5" in finding.message
+
+
+def test_factors_of_the_input_are_one_a_column(clone: CheckpointEditor, findings: Findings) -> None:
+    name = f"{MODULE}.pre_quant_scale"
+    clone.add(name, np.ones(64, np.float32).tobytes(), dtype="F32", shape=(64,))
+    assert not [f for f in findings(clone.path) if f.rule.startswith("NV3")]
+    clone.drop(name)
+    clone.add(name, np.ones(32, np.float32).tobytes(), dtype="F32", shape=(32,))
+    found = [f for f in findings(clone.path) if f.rule.startswith("NV3")]
+
+    assert the_only(found, "NV304").message == "pre_quant_scale has 32 factors, expected 64"

@@ -55,7 +55,10 @@ def _code_offset(weight: LogicalWeight, element: int | None) -> int:
     "range of the largest block scale",
     why="Rounding to E2M1 cannot move an element so far. Its code, its block scale or the global "
     "scale is not the one it was quantised with: a damaged file, a scale changed after "
-    "quantisation, a global scale too small for the tensor's largest element.",
+    "quantisation, a global scale too small for the tensor's largest element. Columns that AWQ or "
+    "SmoothQuant smoothed are held against the base's after the same division, by the stored "
+    "pre_quant_scale, the change of the norm before, or factors that one linear lost and the one "
+    "before it took.",
     repair="Quantise the weight again from the base. Where whole rows or ranks of a sharded export "
     "are concerned, merge their amax by the maximum before quantising.",
     incidents=(
@@ -168,10 +171,13 @@ def audit_foreign(context: RuleContext) -> Iterator[Problem]:
     fires_when="with --base: a tensor that should have been copied differs from the base: in its "
     "bytes, or from the exact dequantisation of an FP8 tensor to its dtype",
     why="Norms, routers, embeddings and the linears left unquantised are copied, or dequantised "
-    "from FP8 by one product and one rounding. A difference means another version of the base, "
-    "scales applied twice or not at all, or a norm that some other method folded a factor into.",
+    "from FP8 by one product and one rounding. A difference means another version of the base, or "
+    "scales applied twice or not at all. A norm may be multiplied by factors (AWQ, SmoothQuant) if "
+    "all linears that it feeds undo them; ModelOpt 0.47 does so for DeepSeek's shared experts "
+    "alone, and the router and the routed experts, which read the same norm, see another input.",
     repair="Copy the tensor from the base again, or give the base that the checkpoint was made "
-    "from.",
+    "from. Where some linears do not undo a norm's factors, restore the norm and store the factors "
+    "as pre_quant_scale of those that do.",
     incidents=(
         f"{_GITHUB}sgl-project/sglang/pull/31213",
         f"{_GITHUB}NVIDIA/TensorRT-LLM/issues/16196",

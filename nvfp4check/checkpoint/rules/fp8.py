@@ -27,6 +27,7 @@ DEEPSEEK_FP8 = "deepseek-fp8"
 _UE8M0 = "ue8m0"
 _FP8 = (WeightFormat.FP8, WeightFormat.FP8_BLOCK)
 _MANTISSA = np.uint32(0x7FFFFF)
+_SCALE_DTYPES = ("F32", "BF16", "F8_E8M0")
 
 
 @rule(
@@ -86,7 +87,7 @@ def _scales(context: RuleContext, checkpoint: Checkpoint, where: str) -> Iterato
                 observed=[*scale.shape],
                 expected=[*expected],
             )
-        elif context.level is RuleLevel.BYTES and scale.dtype == "F32":
+        elif context.level is RuleLevel.BYTES and scale.dtype in _SCALE_DTYPES:
             yield from _values(context, checkpoint, weight, scale, where)
 
 
@@ -98,11 +99,11 @@ def _values(
     where: str,
 ) -> Iterator[Problem]:
     try:
-        bits = np.frombuffer(checkpoint.tensor_bytes(entry).tobytes(), "<u4")
+        values = _floats(checkpoint.tensor_bytes(entry), entry)
     except StorageError as error:
         context.skip(f"NV801 fp8-scale, {where}{printable(weight.name)}", printable(str(error)))
         return
-    values = bits.view("<f4")
+    bits = values.view("<u4")
     ue8m0 = (checkpoint.quantization.scale_fmt or "").lower() == _UE8M0
     for bad, what, expected in (
         (~np.isfinite(values), "not finite", "a finite number"),
@@ -116,6 +117,17 @@ def _values(
     ):
         if bad.any():
             yield _problem(entry, bad, values, f"{where}{{}} {what}", expected)
+
+
+def _floats(data: npt.NDArray[np.uint8], entry: TensorEntry) -> npt.NDArray[np.float32]:
+    """Read scales as float32: exact but for 2**-127 of E8M0, which becomes 2**-126."""
+    if entry.dtype == "F32":
+        return np.frombuffer(data.tobytes(), "<f4")
+    if entry.dtype == "BF16":
+        return (np.frombuffer(data.tobytes(), "<u2").astype("<u4") << 16).view("<f4")
+    # E8M0: the exponent of a float32 as it stands, but for 0xFF, which is NaN.
+    bits = np.maximum(data, 1).astype("<u4") << 23
+    return (bits | np.where(data == 0xFF, 1, 0).astype("<u4")).view("<f4")
 
 
 def _problem(
@@ -133,7 +145,7 @@ def _problem(
         message.format(f"{who} {'is' if count == 1 else 'are'}"),
         tensor=entry.name,
         shard=entry.shard,
-        offset=entry.start + 4 * first,
+        offset=entry.start + first * entry.nbytes // max(1, entry.numel),
         count=count,
         observed=value if math.isfinite(value) else str(value),
         expected=expected,

@@ -5,7 +5,15 @@ import statistics
 from collections.abc import Iterator
 
 from nvfp4check.checkpoint.naming import LogicalWeight, Part
-from nvfp4check.checkpoint.rules.base import Problem, Rule, RuleContext, RuleLevel, counted, rule
+from nvfp4check.checkpoint.rules.base import (
+    Problem,
+    Rule,
+    RuleContext,
+    RuleLevel,
+    counted,
+    printable,
+    rule,
+)
 from nvfp4check.checkpoint.rules.siblings import (
     at_part,
     decode_scale,
@@ -15,6 +23,7 @@ from nvfp4check.checkpoint.rules.siblings import (
     stored_scalar,
     with_global_scale,
 )
+from nvfp4check.checkpoint.storage import StorageError
 from nvfp4check.findings import Severity
 
 _GITHUB = "https://github.com/"
@@ -151,8 +160,8 @@ def decoded_magnitude(context: RuleContext) -> Iterator[Problem]:
     "NV304",
     "input-scale-invalid",
     Severity.ERROR,
-    fires_when="an input scale is zero, negative, infinite or NaN, or missing where activations "
-    "are quantised with stored scales",
+    fires_when="an input scale, or a factor of a pre_quant_scale, is zero, negative, infinite or "
+    "NaN, or an input scale is missing where activations are quantised with stored scales",
     why="Engines divide by it: zero makes the module's input infinite, and a missing one is read "
     "from memory that nobody set. It happens to experts that met no calibration token, and shows "
     "only on prompts that reach them.",
@@ -172,6 +181,7 @@ def input_scale_invalid(context: RuleContext) -> Iterator[Problem]:
     for weight in with_global_scale(context.checkpoint):
         if Part.CODES not in weight.parts:
             continue  # scales without codes: NV107
+        yield from _bad_factors(context, weight)
         if Part.INPUT_SCALE not in weight.parts:
             if needed:
                 yield Problem(
@@ -187,6 +197,35 @@ def input_scale_invalid(context: RuleContext) -> Iterator[Problem]:
                 observed=observed_scale(value),
                 **at_part(weight, Part.INPUT_SCALE),
             )
+
+
+def _bad_factors(context: RuleContext, weight: LogicalWeight) -> Iterator[Problem]:
+    """Report factors of the input, one a column, that cannot be."""
+    entry = weight.parts.get(Part.PRE_QUANT_SCALE)
+    if entry is None or entry.dtype not in ("BF16", "F16", "F32"):
+        return
+    try:
+        factors = context.checkpoint.torch(entry).flatten().tolist()
+    except StorageError as error:
+        context.skip(f"NV304 input-scale-invalid, of {printable(entry.name)}", str(error))
+        return
+    if weight.shape and len(factors) != weight.shape[-1]:
+        yield Problem(
+            f"pre_quant_scale has {len(factors):,} factors, expected {weight.shape[-1]:,}",
+            observed=len(factors),
+            expected=weight.shape[-1],
+            **at_part(weight, Part.PRE_QUANT_SCALE),
+        )
+    bad = [place for place, factor in enumerate(factors) if not 0 < factor < math.inf]
+    if bad:
+        value = factors[bad[0]]
+        yield Problem(
+            f"{len(bad):,} of {len(factors):,} factors are not positive and finite, the first "
+            f"{value:g} at column {bad[0]:,}",
+            count=len(bad),
+            observed=observed_scale(value),
+            **at_part(weight, Part.PRE_QUANT_SCALE),
+        )
 
 
 @rule(

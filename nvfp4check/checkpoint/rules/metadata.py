@@ -267,10 +267,12 @@ def _hashable(value: object) -> object:
     "exclude-matches-nothing",
     Severity.WARNING,
     fires_when="an exclude pattern covers no module, or engines read it differently: vLLM also as "
-    "a substring of the name, SGLang as a regular expression on single components",
+    "a substring of the name, SGLang as a regular expression on single components, both on the "
+    "names of the modules they build, fused linears and the experts of a layer as one",
     why="A pattern that covers nothing is mostly a misspelt one, and what it was to protect is "
     "then built quantised. `model.layers.1` without a wildcard is one layer to one engine and "
-    "layers 1, 10 to 19 to another.",
+    "layers 1, 10 to 19 to another. One expert's name stands for all of its layer in vLLM and for "
+    "none in SGLang, where q_b_proj of one layer stands for that of all.",
     repair="Write full module names, or a prefix that ends in `.*` or `*` at a dot; delete "
     "patterns for modules that the model does not have.",
     incidents=(
