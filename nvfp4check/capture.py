@@ -8,7 +8,8 @@
 Which modules give which points is a list of `Tap`s. `TRANSFORMERS` fits transformers'
 DeepseekV3ForCausalLM from 4.56 to 5; `VLLM` fits a model that passes the residual stream in two
 parts, as vLLM and SGLang do: a layer returns (hidden_states, residual), whose sum is the stream,
-and `input_layernorm` returns (normed, residual).
+and `input_layernorm` returns (normed, residual). `(*VLLM, VLLM_GATE)` takes the scores of its
+router too.
 
 With `inputs=golden` every decoder layer is given what that run recorded as `hidden` of the layer
 before, in place of what the model computed, so that each is judged on its own; the rest of the
@@ -100,6 +101,14 @@ def transformers_router(
     }
 
 
+def gate_scores(
+    module: torch.nn.Module, inputs: tuple[Any, ...], output: Any
+) -> dict[str, torch.Tensor]:
+    """Take the scores that a gate's logits lead to, where the choice is made elsewhere."""
+    logits = output[0] if isinstance(output, (tuple, list)) else output
+    return {"router_scores": logits.float().sigmoid() + module.e_score_correction_bias.float()}
+
+
 TRANSFORMERS = (
     Tap("model.layers.{layer}.input_layernorm", first_output("attn_input")),
     Tap("model.layers.{layer}.self_attn", first_output("attn_output")),
@@ -117,6 +126,9 @@ VLLM = (
     Tap("model.layers.{layer}.mlp", first_output("mlp_output")),
     Tap("model.layers.{layer}", sum_of_outputs("hidden")),
 )
+
+#: Beside `VLLM`, where the gate is called as a module and not inside a fused kernel.
+VLLM_GATE = Tap("model.layers.{layer}.mlp.gate", gate_scores)
 
 
 @dataclass
@@ -361,4 +373,13 @@ def _write(
     )
 
 
-__all__ = ["TRANSFORMERS", "VLLM", "Session", "Tap", "capture", "first_output", "sum_of_outputs"]
+__all__ = [
+    "TRANSFORMERS",
+    "VLLM",
+    "VLLM_GATE",
+    "Session",
+    "Tap",
+    "capture",
+    "first_output",
+    "sum_of_outputs",
+]

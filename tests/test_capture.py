@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nvfp4check.activations import Run
-from nvfp4check.capture import LOGITS, VLLM, Tap, capture, first_output, sum_of_outputs
+from nvfp4check.capture import LOGITS, VLLM, VLLM_GATE, Tap, capture, first_output, sum_of_outputs
 from nvfp4check.findings import CheckError
 from nvfp4check.layer_inputs import LayerInputs
 
@@ -317,3 +317,15 @@ def test_layers_that_cannot_be_given_states_are_refused(model: Model, tmp_path: 
         capture(model, tmp_path / "run", TAPS[:2], inputs=tmp_path / "golden"),
     ):
         pass
+
+
+@pytest.mark.parametrize("form", ["alone", "with-a-bias"])
+def test_a_gate_that_chooses_nothing_gives_the_scores(form: str) -> None:
+    gate = nn.Linear(2, 3, bias=False)
+    gate.e_score_correction_bias = nn.Parameter(torch.tensor([0.5, 0.0, -0.5]))
+    logits = torch.tensor([[0.0, 100.0, -100.0]], dtype=torch.bfloat16)
+
+    values = VLLM_GATE.extract(gate, (), logits if form == "alone" else (logits, None))
+
+    assert values["router_scores"].tolist() == [[1.0, 1.0, pytest.approx(-0.5)]]
+    assert values["router_scores"].dtype == torch.float32

@@ -88,6 +88,8 @@ def check_runs(reference: Run, candidate: Run, prompts: tuple[str, ...]) -> Inte
             found.add(problem)
         for problem in _sums(name, run, layers, prompts, found.skip):
             found.add(problem)
+    for problem in _unrecorded(reference, candidate, layers, prompts):
+        found.add(problem)
     for problem in _mismatched(reference, candidate, layers, prompts, found.skip):
         found.add(problem)
     for problem in _shifted(reference, candidate, layers, prompts, found.skip):
@@ -266,6 +268,25 @@ def _sums(
                     f"first {int(bad.nonzero()[0])}: a point is recorded elsewhere than its name "
                     "says, or not of this pass",
                 )
+
+
+def _unrecorded(
+    reference: Run, candidate: Run, layers: tuple[int, ...], prompts: tuple[str, ...]
+) -> Iterator[Problem]:
+    """Find points of the reference that the candidate recorded at no layer."""
+    both = [layer for layer in layers if layer in reference.layers and layer in candidate.layers]
+    points, recorded = (
+        {point for layer in both for prompt, point in held(run, layer) if prompt in prompts}
+        for run in (reference, candidate)
+    )
+    for point in sorted((points - recorded) & {*VALUE_POINTS, *ROUTER_POINTS}):
+        yield Problem(
+            kind="missing",
+            run="candidate",
+            point=point,
+            message=f"{point} was not recorded at any layer",
+            fatal=False,
+        )
 
 
 def _mismatched(
