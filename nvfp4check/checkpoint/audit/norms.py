@@ -10,13 +10,18 @@ from dataclasses import replace
 
 from nvfp4check.checkpoint.audit.results import Copied, CopyAudit, WeightAudit
 from nvfp4check.checkpoint.audit.smoothing import norm_before
+from nvfp4check.checkpoint.naming import Part
 from nvfp4check.checkpoint.opening import Checkpoint
 
 
 def judge_norms(
     checkpoint: Checkpoint, weights: Mapping[str, WeightAudit], copies: Mapping[str, CopyAudit]
 ) -> tuple[dict[str, CopyAudit], list[str]]:
-    """Tell smoothed norms from changed ones; return also those of which no linear was audited."""
+    """Tell smoothed norms from changed ones; return also those that cannot be told.
+
+    These are norms of which no linear was audited, in a checkpoint where others are smoothed.
+    """
+    others = _is_smoothed(checkpoint, weights)
     changed = {name for name, copy in copies.items() if copy.how == Copied.DIFFERENT}
     feeds: dict[str, list[str]] = defaultdict(list)
     for name, weight in checkpoint.weights.items():
@@ -28,7 +33,7 @@ def judge_norms(
         audited = [name for name in linears if name in weights or name in copies]
         undone = [name for name in audited if _undoes(name, weights, copies)]
         kept = [name for name in audited if _is_the_bases(name, weights, copies)]
-        if not audited:
+        if not audited and others:
             del judged[norm]
             unknown.append(norm)
         elif undone and not kept:
@@ -42,6 +47,16 @@ def judge_norms(
                 f"{undone[0]}, and {len(kept):,} do not, as {kept[0]}, whose input it changes",
             )
     return judged, unknown
+
+
+def _is_smoothed(checkpoint: Checkpoint, weights: Mapping[str, WeightAudit]) -> bool:
+    declared = checkpoint.quantization
+    algos = {declared.algo, *(declared.quantized_layers or {}).values()}
+    return (
+        any(algo is not None and "AWQ" in algo for algo in algos)
+        or any(audit.slack for audit in weights.values())
+        or any(Part.PRE_QUANT_SCALE in weight.parts for weight in checkpoint.weights.values())
+    )
 
 
 def _undoes(name: str, weights: Mapping[str, WeightAudit], copies: Mapping[str, CopyAudit]) -> bool:

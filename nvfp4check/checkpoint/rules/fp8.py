@@ -127,7 +127,8 @@ def _floats(data: npt.NDArray[np.uint8], entry: TensorEntry) -> npt.NDArray[np.f
         return (np.frombuffer(data.tobytes(), "<u2").astype("<u4") << 16).view("<f4")
     # E8M0: the exponent of a float32 as it stands, but for 0xFF, which is NaN.
     bits = np.maximum(data, 1).astype("<u4") << 23
-    return (bits | np.where(data == 0xFF, 1, 0).astype("<u4")).view("<f4")
+    values: npt.NDArray[np.float32] = (bits | (data == 0xFF).astype("<u4")).view("<f4")
+    return values
 
 
 def _problem(
