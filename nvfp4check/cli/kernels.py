@@ -5,11 +5,13 @@ from typing import Annotated, Any
 import typer
 
 import nvfp4check
-from nvfp4check.cli import kernels_bench, kernels_codegen, kernels_power
+from nvfp4check.cli import kernels_apart, kernels_bench, kernels_codegen, kernels_power
 from nvfp4check.cli.command import command, make_app
 from nvfp4check.cli.exit_codes import ExitCode
+from nvfp4check.cli.kernels_apart import asked_apart
+from nvfp4check.cli.kernels_runs import Question, asked
+from nvfp4check.cli.kernels_runs import document as of_records
 from nvfp4check.cli.options import OutputOption, PlainFormatOption, prepared_format, write
-from nvfp4check.findings import CheckError
 from nvfp4check.report.render import render
 
 app = make_app(group="Check kernels property by property.")
@@ -61,6 +63,9 @@ def try_(
     max_examples: Annotated[
         int | None, typer.Option(min=1, help="Inputs drawn where there is no end of them.")
     ] = None,
+    timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds that a property may take; 0: any number.")
+    ] = 600.0,
     allow_skips: Annotated[
         bool, typer.Option("--allow-skips", help="Exit 0 though a property could not be asked.")
     ] = False,
@@ -69,7 +74,9 @@ def try_(
 ) -> int:
     """Try every property of an operation on a kernel; exit 1 if one is broken."""
     into = prepared_format(format, output)
-    document = outcome_document(op, impl, convention, device, seed, max_examples)
+    document = outcome_document(
+        op, impl, convention, device, seed, max_examples, seconds=timeout or None
+    )
     write(render(document, into), output)
     runs = document.get("runs") or [document]
     verdicts = [law["verdict"] for run in runs for law in run["properties"]]
@@ -133,64 +140,22 @@ def outcome_document(
     device: str = "cpu",
     seed: int = 0,
     max_examples: int | None = None,
+    seconds: float | None = None,
 ) -> dict[str, Any]:
     """Return what the properties found, as a JSON document: one run, or several in `runs`.
+
+    They are asked in a child process where one can be forked, which gives each so many seconds.
 
     Raises:
         CheckError: What was asked for is not there, or several were meant and none is available.
     """
-    from nvfp4check.cli.kernels_found import chosen
-
-    if op is None and impl is None:
-        raise CheckError("say which kernel: --impl NAME or MODULE:FUNCTION, or --op OP")
-    implementations = chosen(impl, op, convention, device)
-    if not implementations:
-        raise CheckError(
-            f"no implementation of {op} is available on {device}: "
-            f"`nvfp4check kernels list` says why"
-        )
-    runs = [_run(one, device, seed, max_examples) for one in implementations]
-    if len(runs) == 1:
-        return runs[0]
-    verdicts = {run["verdict"] for run in runs}
-    return {
-        **runs[0],
-        "op": op,
-        "impl": impl,
-        "convention": convention,
-        "verdict": "fail" if "fail" in verdicts else "skip" if "skip" in verdicts else "pass",
-        "properties": [],
-        "runs": runs,
-    }
-
-
-def _run(one: Any, device: str, seed: int, max_examples: int | None) -> dict[str, Any]:
-    from nvfp4check.cli.kernels_found import bound
-    from nvfp4check.faults.diagnosis import with_diagnosis
-    from nvfp4check.properties import properties_of
-    from nvfp4check.properties.law import DEFAULT_EXAMPLES, Setting
-
-    kernel, facts = bound(one)
-    setting = Setting(
-        convention=one.convention,
-        facts=facts,
+    question = Question(
+        op=op,
+        impl=impl,
+        convention=convention,
         device=device,
         seed=seed,
-        max_examples=DEFAULT_EXAMPLES if max_examples is None else max_examples,
+        max_examples=max_examples,
     )
-    outcomes = [
-        with_diagnosis(law.run(kernel, setting), kernel, setting)
-        for law in properties_of(one.operation)
-    ]
-    verdicts = {outcome.verdict.value for outcome in outcomes}
-    return {
-        "schema": "nvfp4check/kernels/1",
-        "tool": {"name": "nvfp4check", "version": nvfp4check.__version__},
-        "op": one.operation,
-        "impl": one.name,
-        "convention": one.convention,
-        "device": device,
-        "seed": seed,
-        "verdict": "fail" if "fail" in verdicts else "skip" if "skip" in verdicts else "pass",
-        "properties": [outcome.to_json() for outcome in outcomes],
-    }
+    apart = kernels_apart.possible()
+    return of_records(question, asked_apart(question, seconds) if apart else asked(question))

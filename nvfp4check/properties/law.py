@@ -134,7 +134,7 @@ class Runner:
             raise
         except WrongOutputsError as error:
             raise KernelRaisedError(str(error)) from error
-        except Exception as error:  # the border to code that is not ours: any error is its answer
+        except (Exception, SystemExit) as error:  # not our code: any error, any exit is its answer
             where = traceback.extract_tb(error.__traceback__)[-1]
             raise KernelRaisedError(
                 f"raised {type(error).__name__}: {error} ({where.filename}:{where.lineno})"

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from nvfp4check.cli import kernels_apart
+
 Run = Callable[..., Any]
 
 MINE = """
@@ -40,6 +42,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(__import__("sys").modules, "my_fp4_kernels", raising=False)
+    monkeypatch.setattr(kernels_apart, "possible", lambda: False)  # torch is loaded once
     return tmp_path
 
 

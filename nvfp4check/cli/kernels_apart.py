@@ -1,0 +1,169 @@
+"""Properties asked in a child process, so that a kernel that ends its process is a result.
+
+The child is forked before torch is loaded, says what it begins and what it finds through a pipe,
+and writes what kernels print to the standard error. Where it dies or does not come back, the
+property under way has failed, and another child goes on with the next.
+"""
+
+import json
+import os
+import select
+import signal
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from typing import NoReturn
+
+from nvfp4check.cli.kernels_runs import Key, Question, Record, asked, ended
+from nvfp4check.findings import CheckError
+
+#: Children that may die over one implementation before its other properties are left out.
+MOST_DEATHS = 3
+
+#: Exit code of a child in which something raised KeyboardInterrupt.
+_INTERRUPTED = 130
+
+
+def possible() -> bool:
+    """Tell whether a child can be forked: not where torch, and its threads, are loaded already."""
+    return hasattr(os, "fork") and "torch" not in sys.modules
+
+
+def asked_apart(question: Question, seconds: float | None = None) -> list[Record]:
+    """Return the records of every property; each may take so many seconds.
+
+    Raises:
+        CheckError: What was asked for is not there, or the process ended before a property began.
+    """
+    known: dict[Key, Record] = {}
+    deaths: Counter[tuple[str, str]] = Counter()
+    while True:
+        lost = {one for one, count in deaths.items() if count >= MOST_DEATHS}
+        told = list(_told(question, known, lost, seconds))
+        death = told[-1].get("death")
+        if death is None:
+            return told
+        run, begun = _learn(told, known)
+        if run is None or begun is None:
+            who = question.impl or question.op
+            raise CheckError(f"{who}: the process {death} before a property was asked")
+        op, impl, law = run["op"], run["impl"], begun["law"]
+        known[op, impl, law] = ended(law, begun["words"], "fail", f"the kernel's process {death}")
+        deaths[op, impl] += 1
+
+
+def _learn(told: list[Record], known: dict[Key, Record]) -> tuple[Record | None, Record | None]:
+    """Note what was found; return the run and the property that were under way."""
+    run = begun = None
+    for record in told:
+        if "run" in record:
+            run, begun = record["run"], None
+        elif "law" in record:
+            begun = record
+        elif "outcome" in record and run is not None:
+            known[run["op"], run["impl"], record["outcome"]["name"]] = record["outcome"]
+            begun = None
+    return run, begun
+
+
+def _told(
+    question: Question,
+    known: Mapping[Key, Record],
+    lost: Collection[tuple[str, str]],
+    seconds: float | None,
+) -> Iterator[Record]:
+    """Yield a child's records; one that says how it died is the last, if it did.
+
+    Raises:
+        CheckError: The child refused the question.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        _answer(question, known, lost, writing)
+    os.close(writing)
+    death = None
+    try:
+        for line in _lines(reading, seconds):
+            if line is None:
+                os.kill(child, signal.SIGKILL)
+                death = f"did not come back within {seconds:g} s"
+                break
+            record = json.loads(line)
+            if "refused" in record:
+                raise CheckError(record["refused"])
+            if "internal" in record:
+                raise RuntimeError(record["internal"])
+            yield record
+    except BaseException:  # whatever ends this process, Ctrl-C too, ends the child
+        os.kill(child, signal.SIGKILL)
+        raise
+    finally:
+        os.close(reading)
+        _, status = os.waitpid(child, 0)
+    death = death or _death(os.waitstatus_to_exitcode(status))
+    if death is not None:
+        yield {"death": death}
+
+
+def _lines(reading: int, seconds: float | None) -> Iterator[bytes | None]:
+    """Yield lines as they come; None, and nothing after it, where one takes too long."""
+    rest = b""
+    while True:
+        ready, _, _ = select.select([reading], [], [], seconds)
+        if not ready:
+            yield None
+            return
+        got = os.read(reading, 1 << 16)
+        if not got:
+            return
+        *whole, rest = (rest + got).split(b"\n")
+        yield from whole
+
+
+#: Exit code by which a child says that it has told everything.
+_DONE = 117
+
+
+def _death(code: int) -> str | None:
+    if code == _DONE:
+        return None
+    if code == _INTERRUPTED:
+        return "raised KeyboardInterrupt"
+    if code < 0:
+        return f"was ended by {signal.Signals(-code).name}"
+    return f"ended with exit code {code}"
+
+
+def _answer(
+    question: Question, known: Mapping[Key, Record], lost: Collection[tuple[str, str]], writing: int
+) -> NoReturn:
+    """Be the child: tell every record, and end without what an ordinary end would run."""
+    code = 1
+    try:
+        os.dup2(2, 1)
+        sys.stdout = sys.stderr
+        for record in asked(question, known, lost):
+            _tell(writing, record)
+        code = _DONE
+    except CheckError as error:
+        _tell(writing, {"refused": str(error)})
+        code = _DONE
+    except KeyboardInterrupt:
+        code = _INTERRUPTED
+    except Exception:  # the border of the process: the parent says it
+        _tell(writing, {"internal": traceback.format_exc()})
+        code = _DONE
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _tell(writing: int, record: Record) -> None:
+    text = json.dumps(record).encode() + b"\n"
+    while text:
+        text = text[os.write(writing, text) :]
