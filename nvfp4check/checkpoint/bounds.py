@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 
 from nvfp4ref import e2m1, e4m3
-from nvfp4ref.formats import E2M1, E4M3, FP8_BLOCK
+from nvfp4ref.formats import E2M1, E4M3
 
 Array = npt.NDArray[Any]
 
@@ -99,17 +99,3 @@ def plain_half_gaps(values: Array, dtype: str) -> Array:
     _, exponent = np.frexp(values)
     exponent = np.where(values == 0, least + bits, exponent)
     return np.asarray(np.ldexp(0.5, np.maximum(exponent - bits, least)))
-
-
-def by_way_of_fp8(values: Array, amax: Array | float) -> Array:
-    """Return what a passage through FP8 128 x 128 may move each value by.
-
-    Args:
-        values: What came out.
-        amax: Largest magnitude of the block of each value, or of any set that holds the block.
-    """
-    largest = np.asarray(amax, np.float64) * (1 + 2.0**-E4M3.mantissa_bits)
-    # The scale of a block is amax / 448, or the next power of two.
-    smallest = 2 * largest / FP8_BLOCK.element.max * E4M3.smallest_subnormal
-    relative = 2.0 ** -(E4M3.mantissa_bits + 1)
-    return np.asarray(np.maximum(np.abs(values) * relative * (1 + relative), smallest / 2))

@@ -12,6 +12,7 @@ vectors       vectors of 64 bytes, for whatever processor there is
 nvfp4_pair    the comparison of two NVFP4 weights
 values_pair   the comparison of any two weights, by values
 compare       the class of one pair
+through_fp8   other roundings on the way to one side, and whether they explain a pair
 diagnosis     faults recognised in one pair: scalars first, then codes, scales, values
 moved         weights that are another's: experts permuted, halves swapped, layers shifted
 configs       configurations, by what they mean to an engine

@@ -11,13 +11,13 @@ from nvfp4check.checkpoint.audit.sources import Reader
 from nvfp4check.checkpoint.diff.classes import WeightClass
 from nvfp4check.checkpoint.diff.diagnosis import diagnose
 from nvfp4check.checkpoint.diff.diagnosis_scales import systematic_factor
-from nvfp4check.checkpoint.diff.diagnosis_values import explain_by_fp8
 from nvfp4check.checkpoint.diff.effect import Moments, output_error
 from nvfp4check.checkpoint.diff.measured import Measured, same_bytes
 from nvfp4check.checkpoint.diff.nvfp4_pair import compare_nvfp4
 from nvfp4check.checkpoint.diff.operands import Operand, Stored
 from nvfp4check.checkpoint.diff.pairing import Pair
 from nvfp4check.checkpoint.diff.results import WeightDiff
+from nvfp4check.checkpoint.diff.through_fp8 import explain_by_roundings
 from nvfp4check.checkpoint.diff.values_pair import compare_values
 from nvfp4check.checkpoint.header import TensorEntry
 from nvfp4check.checkpoint.naming import Part, WeightFormat
@@ -87,18 +87,18 @@ def compare(
     both_nvfp4 = left.format is right.format is WeightFormat.NVFP4
     found = compare_nvfp4(a, b) if both_nvfp4 else compare_values(a, b)
     cls = _class(a, b, found)
-    said = by_fp8 = None
+    said = explained = None
     if found.beyond and cls in (WeightClass.DIFFERENT, WeightClass.FORMAT_CHANGED):
-        by_fp8 = explain_by_fp8(a, b, found)
-        if by_fp8 is not None and cls is WeightClass.DIFFERENT:
+        explained = explain_by_roundings(a, b, found)
+        if explained is not None and cls is WeightClass.DIFFERENT:
             cls = WeightClass.REQUANTIZED
     if cls is WeightClass.SAME_VALUES and both_nvfp4:
         input_cls, input_said = _input_scales(a, b)
         if input_cls is WeightClass.INPUT_SCALE_ONLY:
             cls, said = input_cls, input_said
     if cls not in (WeightClass.SAME_VALUES, WeightClass.INPUT_SCALE_ONLY):
-        said = by_fp8 or diagnose(a, b, found)
-    holds = found.beyond == 0 or by_fp8 is not None
+        said = explained or diagnose(a, b, found)
+    holds = found.beyond == 0 or explained is not None
     if cls is WeightClass.SCALES_ONLY and both_nvfp4:
         factor = systematic_factor(a, b)
         if factor is not None:

@@ -4,8 +4,6 @@ Contract:
     factor      a constant one is named where it brings every element within the bound
     exact       rounding to another dtype, zeros, and rows in another order are named if they give
                 the other's numbers exactly
-    fp8         a weight that went through FP8 128 x 128 may be off by half a gap of it more
-                (`bounds.by_way_of_fp8`)
 """
 
 from collections.abc import Callable
@@ -13,12 +11,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from nvfp4check.checkpoint import bounds
-from nvfp4check.checkpoint.audit.results import Way
-from nvfp4check.checkpoint.audit.sources import Source, row_pieces
+from nvfp4check.checkpoint.audit.sources import row_pieces
 from nvfp4check.checkpoint.diff.measured import Array, Measured
-from nvfp4check.checkpoint.diff.operands import Stored, Values
-from nvfp4check.checkpoint.naming import WeightFormat
+from nvfp4check.checkpoint.diff.operands import Stored, Values, within
 from nvfp4ref.formats import FP8_BLOCK
 
 _FIRST_ROWS = 4
@@ -54,44 +49,6 @@ def name_across(a: Stored, b: Stored, found: Measured) -> str | None:
         if _bound_under(left, right, change):
             return f"b is a {what}"
     return _rows_moved(left, right)
-
-
-def explain_by_fp8(a: Stored, b: Stored, found: Measured) -> str | None:
-    """Say whether a passage of one side through FP8 128 x 128 explains what is beyond the bound.
-
-    A bfloat16 side is taken there and held to the bound, or to equality; of two NVFP4 weights the
-    original is not known, and the half gap of FP8 is granted.
-    """
-    if WeightFormat.FP8_BLOCK in (a.operand.format, b.operand.format) or any(found.not_finite):
-        return None
-    if a.operand.format is b.operand.format is WeightFormat.NVFP4:
-        holds = _holds_by_way_of_fp8(Values(a), Values(b))
-        return "within rounding of one original by way of FP8 128x128" if holds else None
-    for this, that, name in ((a, b, "a"), (b, a, "b")):
-        is_bf16 = this.operand.format is WeightFormat.BF16 and this.operand.is_whole
-        if not is_bf16 or len(this.operand.shape) != 2:
-            continue
-        for way in (Way.FP8, Way.FP8_UE8M0):
-            if _holds_through(this, that, way):
-                other = "b" if name == "a" else "a"
-                return f"{other} was made from {name} by way of FP8 128x128"
-    if a.operand.format is b.operand.format:
-        return None  # two plain weights: any small change would be within half a gap of FP8
-    holds = _holds_by_way_of_fp8(Values(a), Values(b))
-    return "within rounding of one original by way of FP8 128x128" if holds else None
-
-
-def _holds_through(this: Stored, that: Stored, way: Way) -> bool:
-    source, values = Source(this.reader, this.operand.weight, way), Values(that)
-    exact = this.operand.format is that.operand.format
-    for start, stop in row_pieces(this.operand.rows, this.operand.columns):
-        through = source.tensor(start, stop, torch.float64).numpy()
-        held, gaps = values.rows(start, stop)
-        if exact and not np.array_equal(through, held):
-            return False
-        if not exact and not _within(through, held, gaps):
-            return False
-    return True
 
 
 def _rounded(dtype: torch.dtype) -> Callable[[Array], Array]:
@@ -143,14 +100,9 @@ def _bound_under(left: Values, right: Values, change: Callable[[Array], Array]) 
     for piece in _pieces(left):
         (one, gap_a), (two, gap_b) = left.rows(*piece), right.rows(*piece)
         moved, gaps = change(one), np.abs(change(gap_a)) + gap_b
-        if not _within(moved, two, gaps):
+        if not within(moved, two, gaps):
             return False
     return True
-
-
-def _within(one: Array, two: Array, gaps: Array) -> bool:
-    with np.errstate(invalid="ignore"):
-        return bool((np.abs(one - two) <= gaps + bounds.ZONE * (np.abs(one) + np.abs(two))).all())
 
 
 def _factor(left: Values, right: Values) -> str | None:
@@ -168,20 +120,9 @@ def _factor(left: Values, right: Values) -> str | None:
         return None
     for piece in _pieces(left):
         (one, gap_a), (two, gap_b) = left.rows(*piece), right.rows(*piece)
-        if not _within(one * factor, two, gap_a * abs(factor) + gap_b):
+        if not within(one * factor, two, gap_a * abs(factor) + gap_b):
             return None
     return f"b is a times {factor:.6g}: a constant factor"
-
-
-def _holds_by_way_of_fp8(left: Values, right: Values) -> bool:
-    for start, stop in _pieces(left):
-        (one, gap_a), (two, gap_b) = left.rows(start, stop), right.rows(start, stop)
-        amax = max(float(np.abs(side).max(initial=0.0)) for side in (one, two))
-        reference = np.maximum(np.abs(one), np.abs(two))
-        more = bounds.by_way_of_fp8(reference, amax)
-        if not _within(one, two, gap_a + gap_b + more):
-            return False
-    return True
 
 
 def _scale_left_out(left: Values, right: Values) -> str | None:

@@ -221,3 +221,9 @@ class Values:
         rows = (first + np.arange(start, stop)) // height - top
         columns = np.arange(self.stored.operand.columns) // width
         return scales.astype(np.float64)[rows][:, columns]
+
+
+def within(one: Array, two: Array, gaps: Array) -> bool:
+    """Whether all values are within some gaps of one another, and the producers' roundings."""
+    with np.errstate(invalid="ignore"):
+        return bool((np.abs(one - two) <= gaps + bounds.ZONE * (np.abs(one) + np.abs(two))).all())
