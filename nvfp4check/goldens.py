@@ -26,7 +26,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from nvfp4check.activations import (
     FINAL_HIDDEN_FILE,
@@ -36,6 +35,7 @@ from nvfp4check.activations import (
     RUN_FILE,
     TOKENS_FILE,
     Run,
+    opened,
     write_bytes,
 )
 from nvfp4check.findings import CheckError
@@ -229,7 +229,12 @@ def compare(golden: Run, run: Run, closeness: Closeness) -> tuple[list[Differenc
         if not (run.path / name).is_file():
             differences.append(Difference(file=name, message="the run has no such file"))
             continue
-        with safe_open(file, "pt") as kept, safe_open(run.path / name, "pt") as found:
+        try:
+            tensors = opened(file), opened(run.path / name)
+        except CheckError as error:
+            differences.append(Difference(file=name, message=str(error)))
+            continue
+        with tensors[0] as kept, tensors[1] as found:
             there = set(found.keys())
             for tensor in sorted(kept.keys()):
                 compared += 1

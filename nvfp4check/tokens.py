@@ -146,7 +146,10 @@ def _encoder(storage: Storage) -> Any:
     begin = _begin_token(storage)
 
     def encode(text: str) -> list[int]:
-        tokens: list[int] = tokenizer.encode(text).ids
+        try:
+            tokens: list[int] = tokenizer.encode(text).ids
+        except Exception as error:  # the same: a vocabulary without its word for the unknown
+            raise CheckError(f"{storage.location}/{TOKENIZER_FILE}: {error}") from error
         first = None if begin is None else tokenizer.token_to_id(begin)
         return tokens if first is None or tokens[:1] == [first] else [first, *tokens]
 

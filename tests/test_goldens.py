@@ -141,6 +141,20 @@ def test_a_changed_byte_and_an_unlisted_file_fail(tmp_path: Path, run: Path) -> 
     ]
 
 
+@pytest.mark.parametrize("broken", ["golden", "run"])
+def test_a_file_that_holds_no_tensors_is_a_difference(
+    tmp_path: Path, run: Path, broken: str
+) -> None:
+    record(run, tmp_path / "golden", "a test")
+    assert run == tmp_path / "run"
+    (tmp_path / broken / "layers/001.safetensors").write_bytes(b"no tensors")
+
+    found = verify(tmp_path / "golden", tmp_path / "run")
+
+    assert {d.file for d in found.differences} == {"layers/001.safetensors"}
+    assert "cannot be read as part of a run" in found.differences[-1].message
+
+
 def test_a_golden_without_origin_is_refused(tmp_path: Path, run: Path) -> None:
     with pytest.raises(CheckError, match="origin"):
         record(run, tmp_path / "golden", " ")

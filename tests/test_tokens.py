@@ -98,6 +98,13 @@ class TestTokenizer:
             tokenize([Prompt(id="p", text="x")], LocalStorage(tmp_path), 1024)
 
 
+def test_a_tokenizer_without_its_own_word_for_the_unknown_is_refused(tmp_path: Path) -> None:
+    model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
+    with pytest.raises(CheckError, match=r"tokenizer\.json: .*UNK"):
+        tokenize(prompts_of_texts(["b"]), LocalStorage(tmp_path), 10)
+
+
 def test_text_without_a_tokenizer_is_refused_and_tokens_need_none(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
 

@@ -2,9 +2,10 @@
 
 Each case is written to a directory and opened; headers, index, configurations and card are read and
 the expected tensors listed. One in four, and every one whose bytes, names or files were damaged,
-also goes through all rules of `validate` and two renderers. A case may end with a result or a
-`CheckError`. Anything else is a crash: another exception, more than some seconds, more than some
-memory, text that a terminal would act upon, JSON that is not JSON.
+also goes through all rules of `validate` and two renderers. The targets of `fuzz_lines` go through
+whole command lines. A case may end with a result or a `CheckError`. Anything else is a crash:
+another exception, more than some seconds, more than some memory, text that a terminal would act
+upon, JSON that is not JSON.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from hypothesis import strategies as st
 
 from nvfp4check import __version__
 from nvfp4check.bench.fuzz_cases import BYTE_TARGETS, CARD, TARGETS, Files
+from nvfp4check.bench.fuzz_lines import FORMATS, LINE_TARGETS, UncaughtError, run_line, sound_home
 from nvfp4check.checkpoint.card.parse import parse_card
 from nvfp4check.checkpoint.card.review import review
 from nvfp4check.checkpoint.expected import expected_tensors
@@ -72,6 +74,7 @@ def write_files(directory: Path, files: Files) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         with contextlib.suppress(OSError, ValueError):
+            (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_bytes(content)
 
 
@@ -108,11 +111,28 @@ def exercise(directory: Path, level: RuleLevel, formats: Sequence[Format]) -> st
         return "refused"
     document = result.to_json()
     for format in formats:
-        text = render(document, format, Extras())
-        if format is Format.JSON:
-            json.loads(text, parse_constant=_no_constant)
-        _check_text(text, format.value)
+        _check_result(render(document, format, Extras()), format)
     return result.verdict.value
+
+
+def meet(target: str, directory: Path, turn: int, format: Format) -> str:
+    """Put damaged files through a command line of their target; return how it ended.
+
+    Raises:
+        OutputError: A result is written that a reader must not get.
+        UncaughtError: The command ended by an exception that is no message.
+    """
+    lines = LINE_TARGETS[target].lines
+    verdict, text = run_line(lines[turn % len(lines)], directory, format)
+    if verdict != "refused" or text:
+        _check_result(text, format)
+    return verdict
+
+
+def _check_result(text: str, format: Format) -> None:
+    if format is Format.JSON:
+        json.loads(text, parse_constant=_no_constant)
+    _check_text(text, format.value)
 
 
 def _no_constant(text: str) -> None:
@@ -159,6 +179,9 @@ def run_batch(
     counts: dict[str, int] = {}
     crashes: list[Crash] = []
     level = RuleLevel.BYTES if target in BYTE_TARGETS else RuleLevel.HEADERS
+    lines = LINE_TARGETS.get(target)
+    strategy = TARGETS[target]() if lines is None else lines.strategy()
+    formats = tuple(Format) if lines is None else FORMATS
 
     @hypothesis.seed(seed)
     @settings(
@@ -168,13 +191,15 @@ def run_batch(
         phases=(Phase.generate,),
         suppress_health_check=list(HealthCheck),
     )
-    @given(TARGETS[target](), st.sampled_from(Format), st.integers(0, _WHOLE_ONE_IN - 1))
+    @given(strategy, st.sampled_from(formats), st.integers(0, _WHOLE_ONE_IN - 1))
     def each(files: Files, format: Format, turn: int) -> None:
         shutil.rmtree(directory, ignore_errors=True)
         write_files(directory, files)
         try:
             with time_limit(seconds):
-                if turn and level is RuleLevel.HEADERS:
+                if lines is not None:
+                    verdict = meet(target, directory, turn, format)
+                elif turn and level is RuleLevel.HEADERS:
                     verdict = read(directory)
                 else:
                     verdict = exercise(directory, level, (Format.JSON, format))
@@ -192,6 +217,8 @@ def _crash(target: str, error: Exception, files: Files) -> Crash:
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if "nvfp4check" in frame.filename] or list(frames)
     where = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}"
+    if isinstance(error, UncaughtError):
+        where = error.where
     texts = {name: data.decode("latin-1") for name, data in files.items()}
     return Crash(target, f"{type(error).__name__}: {error}"[:500], where, texts)
 
@@ -199,6 +226,7 @@ def _crash(target: str, error: Exception, files: Files) -> Crash:
 def _work(jobs: Any, results: Any, mebibytes: int, seconds: float) -> None:
     with tempfile.TemporaryDirectory(prefix="nvfp4check-fuzz-") as name:
         run_batch("data", 2, 0, Path(name) / "case", 60)  # compile and import before the limit
+        sound_home()
         limit_memory(mebibytes)
         for target, cases, seed in iter(jobs.get, None):
             results.put((target, *run_batch(target, cases, seed, Path(name) / "case", seconds)))
@@ -300,7 +328,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--target", choices=TARGETS, nargs="+", default=[*TARGETS])
+    every = [*TARGETS, *LINE_TARGETS]
+    parser.add_argument("--target", choices=every, nargs="+", default=every)
     parser.add_argument("--seconds", type=float, default=_DEFAULT_SECONDS, help="for one case")
     parser.add_argument("--mebibytes", type=int, default=_DEFAULT_MEBIBYTES, help="growth allowed")
     options = parser.parse_args(argv)

@@ -58,8 +58,14 @@ _TINY: dict[str, Any] = {
     "tie_word_embeddings": False,
     "attention_bias": False,
     "rope_theta": 10000,
-    "rope_scaling": {"type": "yarn", "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0},
-}
+    "rope_scaling": {
+        "type": "yarn", "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32,
+        "beta_slow": 1, "original_max_position_embeddings": 4096,
+    },
+    "max_position_embeddings": 163840,
+    "rms_norm_eps": 1e-06,
+    "hidden_act": "silu",
+}  # fmt: skip
 _COMPRESSED_TENSORS: dict[str, Any] = {
     "quant_method": "compressed-tensors",
     "format": "nvfp4-pack-quantized",
@@ -101,7 +107,17 @@ _ODD: tuple[Any, ...] = (
 @cache
 def sound() -> Mapping[str, bytes]:
     """Make the sound checkpoint: two layers, one expert, one layer of multi-token prediction."""
-    made = make_config(_TINY, None, format=SynthFormat.NVFP4)
+    return {**_synthetic(SynthFormat.NVFP4), CARD: _CARD_TEXT.encode()}
+
+
+@cache
+def sound_base() -> Mapping[str, bytes]:
+    """Make what the sound checkpoint was quantised from."""
+    return _synthetic(SynthFormat.FP8)
+
+
+def _synthetic(format: SynthFormat) -> dict[str, bytes]:
+    made = make_config(_TINY, None, format=format)
     with tempfile.TemporaryDirectory(prefix="nvfp4check-fuzz-") as directory:
         synthesize(
             made.config,
@@ -112,8 +128,7 @@ def sound() -> Mapping[str, bytes]:
             values=Values(0, Convention.MODELOPT),
             generation_config=made.generation_config,
         )
-        files = {path.name: path.read_bytes() for path in sorted(Path(directory).iterdir())}
-    return {**files, CARD: _CARD_TEXT.encode()}
+        return {path.name: path.read_bytes() for path in sorted(Path(directory).iterdir())}
 
 
 def _shard() -> str:
@@ -179,9 +194,30 @@ def _replaced(name: str, content: bytes) -> Files:
 # Files
 
 
+def edited_json(data: bytes) -> st.SearchStrategy[bytes]:
+    """Edit a JSON document."""
+    document = json.loads(data)
+    return _edits.map(lambda edits: _dump(edit(document, edits)))
+
+
+def turned_bytes(data: bytes, limit: int | None = None) -> st.SearchStrategy[bytes]:
+    """Turn a few bytes, of the first `limit`."""
+    return _turns.map(lambda turns: _turned(data, turns, limit))
+
+
+def cut_bytes(data: bytes) -> st.SearchStrategy[bytes]:
+    """Cut a file short."""
+    return _places.map(lambda place: data[: place % (len(data) + 1)])
+
+
+def edited_header(data: bytes) -> st.SearchStrategy[bytes]:
+    """Edit the header of a safetensors file."""
+    document, tensors = _split(data)
+    return _edits.map(lambda edits: frame_header(_dump(edit(document, edits))) + tensors)
+
+
 def _edited_json(name: str) -> st.SearchStrategy[Files]:
-    document = json.loads(sound()[name])
-    return _edits.map(lambda edits: _replaced(name, _dump(edit(document, edits))))
+    return edited_json(sound()[name]).map(lambda data: _replaced(name, data))
 
 
 def _turned(data: bytes, turns: list[tuple[int, int]], limit: int | None = None) -> bytes:
@@ -197,12 +233,11 @@ _turns = st.lists(st.tuples(_places, st.integers(0, 255)), min_size=1, max_size=
 
 
 def _turned_file(name: str, limit: int | None = None) -> st.SearchStrategy[Files]:
-    return _turns.map(lambda turns: _replaced(name, _turned(sound()[name], turns, limit)))
+    return turned_bytes(sound()[name], limit).map(lambda data: _replaced(name, data))
 
 
 def _cut_file(name: str) -> st.SearchStrategy[Files]:
-    data = sound()[name]
-    return _places.map(lambda place: _replaced(name, data[: place % (len(data) + 1)]))
+    return cut_bytes(sound()[name]).map(lambda data: _replaced(name, data))
 
 
 def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -212,10 +247,7 @@ def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
 
 def _headers() -> st.SearchStrategy[Files]:
     name = _shard()
-    document, data = _split(sound()[name])
-    edited = _edits.map(
-        lambda edits: _replaced(name, frame_header(_dump(edit(document, edits))) + data)
-    )
+    edited = edited_header(sound()[name]).map(lambda data: _replaced(name, data))
     lengths = st.integers(0, 2**64 - 1) | st.integers(0, 10**5)
     length = lengths.map(lambda n: _replaced(name, n.to_bytes(8, "little") + sound()[name][8:]))
     header_bytes = 8 + int.from_bytes(sound()[name][:8], "little")

@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(str(error))
     except KeyboardInterrupt:
         return _interrupted()
-    except Exception as error:  # the boundary of the program: see above
+    except BaseException as error:  # the boundary of the program; a panic in Rust is no Exception
         if isinstance(error, OSError) and error.errno in _REFUSALS:
             where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
             _complain(f"{where}{error.strerror}")

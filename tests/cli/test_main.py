@@ -58,10 +58,22 @@ def test_a_message_moves_no_cursor(run: Run, planted: Any) -> None:
     assert run("planted").err == "nvfp4check: error: a\\x1b[2Jb\nc\\u202ed\\x0de\n"
 
 
+class PanicException(BaseException):
+    """Stands for what libraries written in Rust raise: it is no Exception."""
+
+
 @pytest.mark.parametrize(
-    "error", [RuntimeError("boom"), AssertionError(), MemoryError(), EOFError(), typer.Abort()]
+    "error",
+    [
+        RuntimeError("boom"),
+        AssertionError(),
+        MemoryError(),
+        EOFError(),
+        typer.Abort(),
+        PanicException("boom"),
+    ],
 )
-def test_a_crash_is_never_exit_code_1(run: Run, planted: Any, error: Exception) -> None:
+def test_a_crash_is_never_exit_code_1(run: Run, planted: Any, error: BaseException) -> None:
     def crash() -> int:
         raise error
 

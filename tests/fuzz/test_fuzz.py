@@ -6,6 +6,7 @@ import pytest
 
 from nvfp4check.bench import fuzz
 from nvfp4check.bench.fuzz_cases import TARGETS, sound
+from nvfp4check.bench.fuzz_lines import LINE_TARGETS, UncaughtError, run_line, sound_home
 from nvfp4check.checkpoint.rules.base import RuleLevel
 from nvfp4check.findings import CheckError
 from nvfp4check.report.formats import Format
@@ -17,6 +18,39 @@ def test_no_damaged_checkpoint_ends_in_a_traceback(target: str, tmp_path: Path) 
     counts, crashes = fuzz.run_batch(target, cases, seed=1, directory=tmp_path / "case", seconds=60)
     assert crashes == []
     assert sum(counts.values()) >= cases * 0.8  # hypothesis may end early where cases repeat
+
+
+@pytest.mark.parametrize("target", LINE_TARGETS)
+def test_no_damaged_file_ends_a_command_in_a_traceback(target: str, tmp_path: Path) -> None:
+    cases = 12
+    counts, crashes = fuzz.run_batch(target, cases, seed=1, directory=tmp_path / "case", seconds=60)
+    assert crashes == []
+    assert sum(counts.values()) >= cases * 0.8
+
+
+@pytest.mark.parametrize(
+    ("line", "verdict"),
+    [
+        ("diff {nvfp4} {nvfp4}", "holds"),
+        ("validate {nvfp4} --base {fp8}", "holds"),
+        ("agree {run} {run}", "holds"),
+        ("golden verify {case} --run {run}", "holds"),
+    ],
+)
+def test_what_is_damaged_for_the_command_lines_is_sound(line: str, verdict: str) -> None:
+    assert run_line(line, sound_home() / "golden", Format.TEXT)[0] == verdict
+
+
+def test_a_traceback_of_a_command_is_a_crash_with_its_place(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def crash(*_: object) -> None:
+        raise KeyError("x")
+
+    monkeypatch.setattr("nvfp4check.cli.rules.rules_document", crash)
+    with pytest.raises(UncaughtError, match="KeyError: 'x'") as raised:
+        run_line("rules NV6", tmp_path, Format.TEXT)
+    assert raised.value.where.startswith("rules.py:")
 
 
 def test_the_checkpoint_that_is_damaged_is_sound(tmp_path: Path) -> None:
