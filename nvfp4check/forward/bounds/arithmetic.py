@@ -99,12 +99,17 @@ _EXACT = Facts(
 )
 
 
+#: Bits of a float64's exponent.
+_EXPONENT = 0x7FF << 52
+
+
 def rounding_variance(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return the variance of rounding float64 values to a dtype: a third of half a step squared."""
-    _, exponent = torch.frexp(values)  # |values| is in [2**(exponent - 1), 2**exponent)
-    half = torch.ldexp(torch.ones_like(values), exponent - PRECISION[dtype] - 1)
+    # The exponent's bits alone: the power of two at or below the magnitude.
+    power = (values.contiguous().view(torch.int64) & _EXPONENT).view(torch.float64)
+    half = power * 2.0 ** -PRECISION[dtype]
     least = SMALLEST_SUBNORMAL[dtype] / 2
-    return torch.where(values == 0, 0.0, half.clamp(min=least).square() / 3)
+    return torch.where(values == 0, 0.0, half.clamp_(min=least).square_()) / 3
 
 
 class Roundings:

@@ -22,7 +22,7 @@ from nvfp4check.activations import HIDDEN
 from nvfp4check.forward.bounds import straddles
 from nvfp4check.forward.bounds.arithmetic import FRESH_RANDOM, Roundings
 from nvfp4check.forward.bounds.attention import attended
-from nvfp4check.forward.bounds.linear import SquaringLinear, through
+from nvfp4check.forward.bounds.linear import Operands, SquaringLinear, through
 from nvfp4check.forward.bounds.pointwise import gated, norm, residual, rotated
 from nvfp4check.forward.bounds.routing import (
     ExpertSum,
@@ -83,6 +83,8 @@ class LayerBounds:
         self._experts: torch.Tensor | None = None
         self._rows: tuple[torch.Tensor, torch.Tensor] | None = None
         self._sum: ExpertSum | None = None
+        self._operands = Operands()
+        self._expert_input: Uncertain | None = None
         #: Point to the norm of each token's error, [A, T].
         self.bounds: dict[str, torch.Tensor] = {}
         #: Codes that were counted as flipped, [A, T].
@@ -150,7 +152,7 @@ class LayerBounds:
     ) -> None:
         """Hear of a product."""
         given = self._input_of(role, x)
-        passed = through(linear, given, y, self._roundings)
+        passed = through(linear, given, y, self._roundings, self._operands)
         self._at[role] = passed.output
         tokens = self._tokens_of(role)
         self.straddles[:, tokens] += passed.straddles
@@ -179,8 +181,8 @@ class LayerBounds:
                     torch.cat([part.common for part in parts], dim=2),
                 )
             case "gate_proj" | "up_proj":
-                tokens = self._tokens_of(role)
-                return self._at["mlp_input"].rows(tokens)
+                expert = role.startswith("expert.") and self._expert_input is not None
+                return cast(Uncertain, self._expert_input) if expert else self._at["mlp_input"]
             case _:
                 prefix = role.rpartition(".")[0]
                 gate, up = self._at[f"{prefix}.gate_proj"], self._at[f"{prefix}.up_proj"]
@@ -287,6 +289,7 @@ class LayerBounds:
         for expert, its_weights in zip(chosen, weights, strict=True):
             token, slot = (experts == expert).nonzero(as_tuple=True)
             self._rows = token, slot
+            self._expert_input = self._at["mlp_input"].rows(token)
             yield self._watched_mlp(its_weights, "expert")
 
 

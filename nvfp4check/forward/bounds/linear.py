@@ -85,14 +85,37 @@ class Passed:
     straddles: torch.Tensor
 
 
-def through(linear: SquaringLinear, x: Uncertain, y: torch.Tensor, roundings: Roundings) -> Passed:
+class Operands:
+    """What linears make of their input; the last is kept, for gate and up take the same."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Uncertain, Input, straddles.Quantised] | None = None
+
+    def of(self, x: Uncertain, form: Input) -> straddles.Quantised | None:
+        """Return the operand, None where a linear takes x itself."""
+        if form.form is InputForm.PLAIN:
+            return None
+        if self._last is not None:
+            last, its_form, found = self._last
+            ours, theirs = form.encode, its_form.encode
+            same = ours is None or (theirs is not None and torch.equal(ours, theirs))
+            if last is x and form.form is its_form.form and same:
+                return found
+        found = _quantised(x, form)
+        self._last = x, form, found
+        return found
+
+
+def through(
+    linear: SquaringLinear, x: Uncertain, y: torch.Tensor, roundings: Roundings, operands: Operands
+) -> Passed:
     """Return the error of y [M, N], the product of x with the linear's weight."""
     form = linear.input()
     if form.pre_quant_scale is not None:
         scale = form.pre_quant_scale.double()
         scaled = Uncertain(x.value * scale, x.variance * scale.square(), x.common)
         x = scaled.plus(roundings.of_output(scaled.value))
-    quantised = _quantised(x, form)
+    quantised = operands.of(x, form)
     taken = quantised.value if quantised is not None else x
     rows = torch.cat((taken.variance.flatten(0, 2), taken.value.square()))
     products = _scaled_squares(linear, rows)
@@ -110,10 +133,7 @@ def through(linear: SquaringLinear, x: Uncertain, y: torch.Tensor, roundings: Ro
     return Passed(Uncertain(value, inherited + local, taken.common), counted)
 
 
-def _quantised(x: Uncertain, form: Input) -> straddles.Quantised | None:
-    """Return the operand that a linear makes of x, None where it takes x itself."""
-    if form.form is InputForm.PLAIN:
-        return None
+def _quantised(x: Uncertain, form: Input) -> straddles.Quantised:
     if form.encode is not None:
         return straddles.nvfp4(x, form.encode)
     power_of_two = form.form is InputForm.FP8_POWER_OF_TWO

@@ -182,17 +182,22 @@ def _nvfp4(
                 code = np.float64(_e2m1(x[row, k] * factor)) if scale > 0 else 0.0
                 values[row, k] = code * np.float64(scale) * wide
                 most[row, k], means[row, k] = 0.0, 0.0
+            flips, straddles = True, True
             for shell in range(len(edges), -1, -1):  # the outermost is all that may be
-                low, high = 0.0, 0.0
-                for k in block:
-                    size = abs(np.float64(x[row, k]))
-                    off = reach[row, k]
-                    if shell < len(edges):
-                        off = min(off, together[row, k] + edges[shell] * own[row, k])
-                    low, high = max(low, size - off), max(high, size + off)
-                scales[0] = _e4m3(np.float32(ideal * low * (1 - _SCALE_ERROR)))
-                scales[1] = _e4m3(np.float32(ideal * high * (1 + _SCALE_ERROR)))
-                flips = scales[0] != scale or scales[1] != scale
+                if not straddles:
+                    break
+                if flips:  # if it does not outside, then nowhere inside
+                    low, high = 0.0, 0.0
+                    for k in block:
+                        size = abs(np.float64(x[row, k]))
+                        off = reach[row, k]
+                        if shell < len(edges):
+                            off = min(off, together[row, k] + edges[shell] * own[row, k])
+                        low, high = max(low, size - off), max(high, size + off)
+                    scales[0] = _e4m3(np.float32(ideal * low * (1 - _SCALE_ERROR)))
+                    scales[1] = _e4m3(np.float32(ideal * high * (1 + _SCALE_ERROR)))
+                    flips = scales[0] != scale or scales[1] != scale
+                straddles = False
                 for k in block:
                     if shell < len(edges) and most[row, k] == 0:
                         continue
@@ -205,6 +210,7 @@ def _nvfp4(
                     if flips:
                         step = max(step, _nvfp4_step(value, off, scales[0], wide, values[row, k]))
                         step = max(step, _nvfp4_step(value, off, scales[1], wide, values[row, k]))
+                    straddles = straddles or step > 0
                     if shell == len(edges):
                         most[row, k] = step
                     else:
