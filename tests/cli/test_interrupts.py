@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,14 @@ try:
 except KeyboardInterrupt:
     heard = "dropped"
 """
+
+
+@pytest.fixture(autouse=True)
+def interrupts_arrive() -> Iterator[None]:
+    """Listen to Ctrl-C as at a terminal: what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -62,6 +70,7 @@ def test_a_second_interrupt_does_not_wait(tmp_path: Path) -> None:
         "print('imported')\n"
     )
     program = (
+        "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from nvfp4check.cli.interrupts import interruptible\nwith interruptible():\n import slow"
     )
     finished = subprocess.run(
