@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 SCHEMA = "nvfp4check/run/1"
 
+#: What a run keeps of the best logits, each under `<prompt id>/<part>`.
+TOP_PARTS = ("values", "tokens", "logsumexp")
+
 HIDDEN = "hidden"
 ROUTER_POINTS = ("router_scores", "router_experts", "router_weights")
 POINTS = ("attn_input", "attn_output", "mlp_input", "mlp_output", HIDDEN, *ROUTER_POINTS)
@@ -146,7 +149,7 @@ class Run:
         try:
             document = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
             info = RunInfo.from_json(document)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise CheckError(
                 f"{path}: no {RUN_FILE}; give a directory that `nvfp4check forward` or "
                 "`nvfp4check.capture` wrote"
@@ -202,9 +205,7 @@ class Run:
             CheckError: The run holds no such logits.
         """
         file = self.path / LOGITS_FILE
-        values, tokens, total = (
-            self._tensor(file, f"{prompt}/{part}") for part in ("values", "tokens", "logsumexp")
-        )
+        values, tokens, total = (self._tensor(file, f"{prompt}/{part}") for part in TOP_PARTS)
         return values, tokens, total
 
     def mtp_logits(self, layer: int, prompt: str) -> "torch.Tensor":

@@ -6,11 +6,12 @@ where tokenizer_config.json says `add_bos_token` and the tokenizer has not put i
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nvfp4check.activations import TOP_PARTS
 from nvfp4check.checkpoint.documents import MAX_JSON_BYTES
 from nvfp4check.checkpoint.storage import Storage, StorageError
 from nvfp4check.findings import CheckError
@@ -22,6 +23,9 @@ MODEL_CARD_PROMPTS = (
     "The capital of France is",
     "The future of AI is",
 )
+
+#: A key of every safetensors file that is no tensor.
+_RESERVED = "__metadata__"
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -48,7 +52,7 @@ def read_prompts(file: str | Path) -> list[Prompt]:
         CheckError: The file cannot be read, or a line is not a prompt; the message says which.
     """
     try:
-        lines = Path(file).read_text(encoding="utf-8").split("\n")
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckError(f"{file}: cannot be read as prompts: {error}") from error
     prompts = []
@@ -56,12 +60,12 @@ def read_prompts(file: str | Path) -> list[Prompt]:
         if line.strip():
             try:
                 prompts.append(_prompt(json.loads(line)))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise CheckError(
                     f"{file}, line {number}: {error}; a line is "
                     '{"id": "a", "text": "…"} or {"id": "a", "tokens": [0, 17]}'
                 ) from error
-    check_ids(prompts, str(file))
+    check_prompts(prompts, str(file))
     return prompts
 
 
@@ -82,26 +86,40 @@ def _prompt(document: Any) -> Prompt:
     return Prompt(id=name, text=text, tokens=tokens)
 
 
-def check_ids(prompts: Iterable[Prompt], where: str) -> None:
-    """Refuse an empty list, and ids that occur twice.
+def check_prompts(prompts: Sequence[Prompt], where: str) -> None:
+    """Refuse an empty list, ids that cannot name tensors in one file, and text that is none.
 
     Raises:
         CheckError: So it is.
     """
-    ids = [prompt.id for prompt in prompts]
-    if not ids:
+    if not prompts:
         raise CheckError(f"{where}: no prompts")
-    repeated = sorted({name for name in ids if ids.count(name) > 1})
-    if repeated:
-        raise CheckError(f"{where}: prompt id {repeated[0]!r} occurs twice; ids must differ")
+    seen: set[str] = set()
+    for prompt in prompts:
+        for what, text in (("id", prompt.id), ("text", prompt.text or "")):
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise CheckError(f"{where}: {what} {text!r} holds half a character; give UTF-8")
+        if prompt.id == _RESERVED:
+            raise CheckError(f"{where}: prompt id {prompt.id!r} has a meaning in files; rename it")
+        if prompt.id in seen:
+            raise CheckError(f"{where}: prompt id {prompt.id!r} occurs twice; ids must differ")
+        seen.add(prompt.id)
+    for prompt in prompts:
+        before, slash, last = prompt.id.rpartition("/")
+        if slash and last in TOP_PARTS and before in seen:
+            raise CheckError(
+                f"{where}: prompt id {prompt.id!r} is what best logits of {before!r} are called; "
+                "rename one of them"
+            )
 
 
 def tokenize(prompts: Sequence[Prompt], storage: Storage, vocab_size: int) -> list[Prompt]:
     """Return the prompts with tokens; those that came with tokens keep them.
 
     Raises:
-        CheckError: Text without a tokenizer, or tokens outside the vocabulary.
+        CheckError: Text without a tokenizer, tokens outside the vocabulary, or ids that cannot be.
     """
+    check_prompts(prompts, "prompts")
     if any(prompt.tokens is None for prompt in prompts):
         encode = _encoder(storage)
         prompts = [
@@ -162,9 +180,11 @@ def _begin_token(storage: Storage) -> str | None:
         return None
     try:
         config = json.loads(_read(storage, TOKENIZER_CONFIG_FILE))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckError(f"{storage.location}/{TOKENIZER_CONFIG_FILE}: {error}") from error
-    if not isinstance(config, dict) or not config.get("add_bos_token"):
+    if not isinstance(config, dict):
+        raise CheckError(f"{storage.location}/{TOKENIZER_CONFIG_FILE}: no JSON object")
+    if not config.get("add_bos_token"):
         return None
     token = config.get("bos_token")
     content = token.get("content") if isinstance(token, dict) else token

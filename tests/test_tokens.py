@@ -12,7 +12,7 @@ from nvfp4check.findings import CheckError
 from nvfp4check.tokens import (
     MODEL_CARD_PROMPTS,
     Prompt,
-    check_ids,
+    check_prompts,
     prompts_of_texts,
     read_prompts,
     tokenize,
@@ -44,6 +44,11 @@ def test_a_prompts_file_has_texts_and_tokens(tmp_path: Path) -> None:
         ('{"id": "b", "text": 5}', "text is not a string"),
         ('{"id": "b", "tokens": [1, true]}', "tokens is not a list of whole numbers"),
         ('{"id": "a", "tokens": [1]}', "'a' occurs twice"),
+        ('{"id": "b", "tokens": ' + "[" * 100_000, "line 2"),
+        ('{"id": "__metadata__", "tokens": [1]}', "'__metadata__' has a meaning in files"),
+        ('{"id": "a/values", "tokens": [1]}', "'a/values' is what best logits of 'a' are called"),
+        (r'{"id": "\ud800", "tokens": [1]}', r"id '\\ud800' holds half a character"),
+        (r'{"id": "b", "text": "x\udcff"}', r"text 'x\\udcff' holds half a character"),
     ],
 )
 def test_a_line_that_is_no_prompt_is_named(line: str, message: str, tmp_path: Path) -> None:
@@ -54,9 +59,22 @@ def test_a_line_that_is_no_prompt_is_named(line: str, message: str, tmp_path: Pa
         read_prompts(file)
 
 
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"id": "a", "tokens": [1]}', encoding="utf-8-sig")
+
+    assert read_prompts(file) == [Prompt(id="a", tokens=(1,))]
+
+
+def test_prompts_that_come_by_another_way_are_looked_at_too(tmp_path: Path) -> None:
+    twice = [Prompt(id="a", tokens=(1,)), Prompt(id="a", tokens=(2,))]
+    with pytest.raises(CheckError, match="occurs twice"):
+        tokenize(twice, LocalStorage(tmp_path), 10)
+
+
 def test_no_prompts_and_no_file_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckError, match="no prompts"):
-        check_ids([], "here")
+        check_prompts([], "here")
     with pytest.raises(CheckError, match="cannot be read as prompts"):
         read_prompts(tmp_path / "nowhere")
 
@@ -90,6 +108,14 @@ class TestTokenizer:
         with_it = tokenize(text, LocalStorage(tmp_path), 1024)[0].tokens or ()
 
         assert with_it == (0, *without)
+
+    @pytest.mark.parametrize("config", ["[]", "{", "[" * 100_000])
+    def test_a_broken_configuration_is_refused(self, config: str, tmp_path: Path) -> None:
+        shutil.copy(TINY / "bf16" / "tokenizer.json", tmp_path)
+        (tmp_path / "tokenizer_config.json").write_text(config)
+
+        with pytest.raises(CheckError, match=r"tokenizer_config\.json: "):
+            tokenize([Prompt(id="p", text="x")], LocalStorage(tmp_path), 1024)
 
     def test_a_broken_tokenizer_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "tokenizer.json").write_text('{"model": 7}')

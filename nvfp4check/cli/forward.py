@@ -186,12 +186,12 @@ def forward(
 
 
 def _prompts(file: Path | None, texts: list[str]) -> "list[Prompt]":
-    from nvfp4check.tokens import MODEL_CARD_PROMPTS, check_ids, prompts_of_texts, read_prompts
+    from nvfp4check.tokens import MODEL_CARD_PROMPTS, check_prompts, prompts_of_texts, read_prompts
 
     found = read_prompts(file) if file is not None else []
     if texts or file is None:
         found += prompts_of_texts(texts or MODEL_CARD_PROMPTS)
-    check_ids(found, "--prompts and --text")
+    check_prompts(found, "--prompts and --text")
     return found
 
 

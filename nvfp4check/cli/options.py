@@ -84,7 +84,13 @@ LogitsOption = Annotated[
 
 MaxMemoryOption = Annotated[
     float,
-    typer.Option("--max-memory", metavar="GIB", min=0.1, help="Memory to take at most, in GiB."),
+    typer.Option(
+        "--max-memory",
+        metavar="GIB",
+        min=0.1,
+        max=2**20,
+        help="Memory to take at most, in GiB.",
+    ),
 ]
 
 MaxKlOption = Annotated[

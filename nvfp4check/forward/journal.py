@@ -6,6 +6,7 @@ when the run is complete, unless layers of the model are left that a later run m
 """
 
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ import torch
 
 from nvfp4check.activations import (
     RUN_FILE,
+    TOKENS_FILE,
     Run,
     RunInfo,
     layer_file,
     leftovers,
+    opened,
     write_info,
     write_tensors,
 )
@@ -38,7 +41,15 @@ class Journal:
         self.info = info
 
     @classmethod
-    def begin(cls, run: Path, info: RunInfo, *, end: int, resume: bool) -> "Journal":
+    def begin(
+        cls,
+        run: Path,
+        info: RunInfo,
+        tokens: Mapping[str, torch.Tensor],
+        *,
+        end: int,
+        resume: bool,
+    ) -> "Journal":
         """Start a run, or continue the one that is there; `end` is the layer after its last.
 
         Raises:
@@ -59,8 +70,9 @@ class Journal:
             raise CheckError(
                 f"{run}: holds a run already; continue it with --resume, or give a new directory"
             )
-        found = Run.open(run, incomplete=True).info
-        _check_same(run, found, info)
+        there = Run.open(run, incomplete=True)
+        found = there.info
+        _check_same(there, info, tokens)
         for file in leftovers(run):
             file.unlink(missing_ok=True)
         begun = found.layers[0] if found.layers else 0
@@ -83,14 +95,18 @@ class Journal:
     @property
     def done(self) -> int:
         """How many layers lie behind the last state."""
-        states = (self.run / STATE_FOLDER).glob("*.safetensors")
-        return max((int(state.stem) + 1 for state in states), default=0)
+        states = (state.stem for state in (self.run / STATE_FOLDER).glob("*.safetensors"))
+        return max((int(name) + 1 for name in states if name.isdecimal()), default=0)
 
     def load_state(self, device: torch.device) -> torch.Tensor:
-        """Return the hidden state after the last layer that was done, [T, D]."""
-        from safetensors.torch import load_file
+        """Return the hidden state after the last layer that was done, [T, D].
 
-        return load_file(self._state(self.done - 1))[_STATE].to(device)
+        Raises:
+            CheckError: It cannot be read.
+        """
+        with opened(self._state(self.done - 1)) as tensors:
+            state: torch.Tensor = tensors.get_tensor(_STATE)
+        return state.to(device)
 
     def layer_done(self, layer: int, points: dict[str, torch.Tensor], hidden: torch.Tensor) -> None:
         """Write a layer's points, then the state after it."""
@@ -118,6 +134,8 @@ def begun_to(info: RunInfo) -> int:
 
 def _check_reach(run: Path, done: int, first: int, stop: int) -> None:
     """Refuse to go on elsewhere than where the run stands."""
+    if first and not done:
+        raise CheckError(f"{run}: has no state to go on from at layer {first}; begin at layer 0")
     if first > done:
         raise CheckError(f"{run}: has layers 0 to {done - 1} and cannot go on at layer {first}")
     if stop < done:
@@ -132,18 +150,38 @@ def _difference(name: str, then: Any, now: Any) -> str:
     return f"{name} differs in {', '.join(keys)}"
 
 
-def _check_same(run: Path, found: RunInfo, asked: RunInfo) -> None:
+def _check_same(run: Run, asked: RunInfo, tokens: Mapping[str, torch.Tensor]) -> None:
     """Refuse to continue a run that was made differently; all differences are named."""
+    found = run.info
     before, now = found.to_json(), asked.to_json()
     differ = [
         _difference(name, before.get(name), now[name])
         for name in now
-        if name not in _FREE and _plain(before.get(name)) != _plain(now[name])
+        if name not in (*_FREE, "prompts") and _plain(before.get(name)) != _plain(now[name])
     ]
+    differ += _prompts_differ(run, asked, tokens)
     if found.checkpoint.get("fingerprint") != asked.checkpoint.get("fingerprint"):
         differ.append("another checkpoint (its headers differ)")
     if differ:
-        raise CheckError(f"{run}: cannot be continued: {'; '.join(differ)}")
+        raise CheckError(f"{run.path}: cannot be continued: {'; '.join(differ)}")
+
+
+def _prompts_differ(run: Run, asked: RunInfo, tokens: Mapping[str, torch.Tensor]) -> list[str]:
+    """Say in which prompts two runs differ, if in any."""
+    if run.prompts != tuple(prompt.id for prompt in asked.prompts):
+        return [f"prompts {_named(run.prompts)} then, {_named(tuple(tokens))} now"]
+    if run.info.prompts != asked.prompts:
+        pairs = zip(run.info.prompts, asked.prompts, strict=True)
+        return [f"prompt {then.id!r} is another text" for then, now in pairs if then != now][:1]
+    if not (run.path / TOKENS_FILE).exists():
+        return []  # stopped before it was written
+    other = [name for name in tokens if not torch.equal(run.tokens(name), tokens[name])]
+    return [f"prompt {name!r} has other tokens" for name in other[:1]]
+
+
+def _named(prompts: Sequence[str]) -> str:
+    more = f" and {len(prompts) - 3:,} more" if len(prompts) > 3 else ""
+    return ", ".join(map(repr, prompts[:3])) + more
 
 
 def _plain(value: object) -> object:

@@ -119,6 +119,10 @@ def forced_run(routing: Path | None, tokens: Mapping[str, torch.Tensor]) -> Run 
     for prompt, expected in tokens.items():
         if prompt not in run.prompts or not torch.equal(run.tokens(prompt), expected):
             raise CheckError(f"{routing}: has not the same tokens for prompt {prompt!r}")
+    if not run.layers:
+        raise CheckError(
+            f"{routing}: recorded no layers, so no experts; make it with --activations hidden"
+        )
     return run
 
 

@@ -92,7 +92,9 @@ def run_forward(
     start = time.perf_counter()
     try:
         with options.engine.kept() if options.engine is not None else nullcontext():
-            journal = Journal.begin(out, pass_.info, end=pass_.end, resume=options.resume)
+            journal = Journal.begin(
+                out, pass_.info, pass_.tokens, end=pass_.end, resume=options.resume
+            )
             layers = 0 if journal.complete else pass_.compute(journal, progress)
     except OSError as error:
         raise CheckError(

@@ -71,6 +71,9 @@ def test_a_run_is_told_with_hostile_names_made_harmless(
         (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--routing", "nowhere"], "no run.json"),
         (["--mode", "unquantized"], "weights are quantised"),
+        (["--max-memory", "inf"], "Invalid value for '--max-memory'"),
+        (["--text", "x", "--text", "\udcff"], "half a character"),
+        (["--engine", "ray", "--device", "meta"], "give --device cpu, or --engine local"),
     ],
 )
 def test_what_cannot_be_done_ends_with_a_message_and_exit_code_2(

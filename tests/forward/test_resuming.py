@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -159,3 +160,69 @@ def test_a_directory_that_holds_something_else_is_left_alone(
 
     with pytest.raises(CheckError, match="holds no run"):
         run_forward(tiny / "bf16", prompts, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ([Prompt(id="a", tokens=(1, 3))], "prompt 'a' has other tokens"),
+        ([Prompt(id="a", tokens=(1, 2), text="x")], "prompt 'a' is another text"),
+        ([Prompt(id="a", tokens=(1, 2, 3))], "prompt 'a' is another text"),
+        ([Prompt(id="b", tokens=(1, 2))], "prompts 'a' then, 'b' now"),
+        (
+            [Prompt(id=str(i), tokens=(1, 2)) for i in range(5)],
+            "prompts 'a' then, '0', '1', '2' and 2 more now",
+        ),
+    ],
+)
+def test_a_run_is_continued_with_its_own_prompts_only(
+    asked: list[Prompt], message: str, tiny: Path, tmp_path: Path
+) -> None:
+    first = ForwardOptions(layers=LayerRange(0, 2))
+    run_forward(tiny / "bf16", [Prompt(id="a", tokens=(1, 2))], tmp_path / "run", first)
+
+    with pytest.raises(CheckError, match=f"run: cannot be continued: {message}"):
+        run_forward(tiny / "bf16", asked, tmp_path / "run", ForwardOptions(resume=True))
+
+
+def test_a_run_stopped_before_it_wrote_its_tokens_begins_anew(
+    tiny: Path, prompts: list[Prompt], bytes_of: Callable[[Path], dict[str, str]], tmp_path: Path
+) -> None:
+    run_forward(tiny / "bf16", prompts, tmp_path / "whole")
+    run_forward(tiny / "bf16", prompts, tmp_path / "run", ForwardOptions(layers=LayerRange(0, 1)))
+    shutil.rmtree(tmp_path / "run" / "state")
+    (tmp_path / "run" / "tokens.safetensors").unlink()
+
+    rest = run_forward(tiny / "bf16", prompts, tmp_path / "run", ForwardOptions(resume=True))
+
+    assert rest.layers == 5
+    assert bytes_of(tmp_path / "run") == bytes_of(tmp_path / "whole")
+
+
+def test_a_state_that_cannot_be_read_and_one_that_is_none_are_no_crash(
+    tiny: Path, prompts: list[Prompt], tmp_path: Path
+) -> None:
+    run, state = tmp_path / "run", tmp_path / "run" / "state" / "001.safetensors"
+    run_forward(tiny / "bf16", prompts, run, ForwardOptions(layers=LayerRange(0, 2)))
+    whole = state.read_bytes()
+    (state.parent / "notes.safetensors").write_text("mine")
+
+    state.write_bytes(whole[:-7])
+    with pytest.raises(CheckError, match=r"001\.safetensors: cannot be read"):
+        run_forward(tiny / "bf16", prompts, run, ForwardOptions(resume=True))
+    state.unlink()
+    later = ForwardOptions(layers=LayerRange(2), resume=True)
+    with pytest.raises(CheckError, match="no state to go on from at layer 2; begin at layer 0"):
+        run_forward(tiny / "bf16", prompts, run, later)
+    (run / "state" / "001.safetensors").write_bytes(whole)
+    assert run_forward(tiny / "bf16", prompts, run, ForwardOptions(resume=True)).layers == 3
+
+
+def test_a_complete_run_is_not_made_shorter(
+    tiny: Path, prompts: list[Prompt], tmp_path: Path
+) -> None:
+    run_forward(tiny / "bf16", prompts, tmp_path / "run")
+
+    shorter = ForwardOptions(layers=LayerRange(0, 2), resume=True)
+    with pytest.raises(CheckError, match="has layers 0 to 4 already"):
+        run_forward(tiny / "bf16", prompts, tmp_path / "run", shorter)

@@ -71,3 +71,13 @@ def test_routes_of_other_tokens_are_refused(
         run_forward(
             tiny / "bf16", others, tmp_path / "forced", ForwardOptions(routing=tmp_path / "run")
         )
+
+
+def test_a_run_that_recorded_no_experts_forces_none(
+    tiny: Path, prompts: list[Prompt], tmp_path: Path
+) -> None:
+    bare = run_forward(tiny / "bf16", prompts, tmp_path / "bare").run
+
+    options = ForwardOptions(routing=bare.path)
+    with pytest.raises(CheckError, match="make it with --activations hidden"):
+        run_forward(tiny / "bf16", prompts, tmp_path / "forced", options)
