@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nvfp4check.report.fold import kind_of
+from nvfp4check.report.fold import kind_of, plural
 from nvfp4check.report.visible import value_text
 
 #: A weight as it stands in the JSON document.
@@ -132,7 +132,7 @@ def _joined(group: list[Fold]) -> Fold:
     high = [fold.best_sqnr for fold in group if fold.best_sqnr is not None]
     return Fold(
         first.cls,
-        f"{first.kind} and {len(group) - 1} kinds more",
+        f"{first.kind} and {plural(len(group) - 1, 'kind')} more",
         ", ".join(sorted({fold.formats for fold in group})),
         first.said,
         set().union(*(fold.layers for fold in group)),
@@ -176,19 +176,25 @@ def verdict(document: Mapping[str, Any]) -> tuple[str, str]:
         said = []
         if failing["weights"]:
             total = sum(summary.values())
-            said.append(f"{failing['weights']:,} of {total:,} weights")
+            said.append(f"{failing['weights']:,} of {plural(total, 'weight')}")
         if failing["config"]:
-            count = failing["config"]
-            said.append(f"{count} setting{'s' if count != 1 else ''}")
+            said.append(plural(failing["config"], "setting"))
         return "DIFFERENT", " and ".join(said)
     if document["skipped"]:
-        return "INCOMPLETE", f"{len(document['skipped']):,} things were not compared"
+        count = len(document["skipped"])
+        were = "was" if count == 1 else "were"
+        return "INCOMPLETE", f"{plural(count, 'thing')} {were} not compared"
     changed = sum(count for cls, count in summary.items() if cls not in COUNTED)
     if changed:
-        return "WITHIN ROUNDING", f"{changed:,} of {sum(summary.values()):,} weights made anew"
+        return (
+            "WITHIN ROUNDING",
+            f"{changed:,} of {plural(sum(summary.values()), 'weight')} made anew",
+        )
     if document["config"]:
-        return "SAME WEIGHTS", "settings differ that do not change what is computed"
-    return "SAME", f"{sum(summary.values()):,} weights"
+        count = len(document["config"])
+        do = "differs that does" if count == 1 else "differ that do"
+        return "SAME WEIGHTS", f"{plural(count, 'setting')} {do} not change what is computed"
+    return "SAME", plural(sum(summary.values()), "weight")
 
 
 def config_words(diff: Mapping[str, Any]) -> tuple[str, str]:

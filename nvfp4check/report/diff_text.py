@@ -129,14 +129,15 @@ def _share(count: int | None, total: int) -> str:
 
 
 def _settings(settings: list[Mapping[str, Any]], style: _Style) -> Iterator[str]:
-    yield style.heading(f"Settings: {len(settings)} differ")
+    verb = "differs" if len(settings) == 1 else "differ"
+    yield style.heading(f"{plural(len(settings), 'setting')} {verb}")
     rows = []
     for setting in settings[:SHOWN_SETTINGS]:
         place, change = config_words(setting)
         rows.append([setting["matters"], style.safe(place), style.safe(change, 90)])
     yield _table(rows, ["matters to", "setting", "a -> b"], style)
     if len(settings) > SHOWN_SETTINGS:
-        yield f"… and {len(settings) - SHOWN_SETTINGS} more"
+        yield f"… and {plural(len(settings) - SHOWN_SETTINGS, 'setting')} more"
     yield ""
 
 
@@ -152,8 +153,8 @@ def _rest(document: Mapping[str, Any], style: _Style) -> Iterator[str]:
             for entry in sample["missed"]
         )
         yield (
-            f"A sample: {sample['groups_read']:,} of {sample['groups']:,} modules. Probability of "
-            f"having missed all of so many that differ: {missed}."
+            f"A sample: {sample['groups_read']:,} of {plural(sample['groups'], 'module')}. "
+            f"Probability of having missed all of so many that differ: {missed}."
         )
     for gap in document["skipped"][:SHOWN_SETTINGS]:
         yield f"Not compared: {style.safe(gap['what'])}: {style.safe(gap['why'], 120)}"

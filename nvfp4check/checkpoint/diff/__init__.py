@@ -16,6 +16,7 @@ through_fp8   other roundings on the way to one side, and whether they explain a
 diagnosis     faults recognised in one pair: scalars first, then codes, scales, values
 moved         weights that are another's: experts permuted, halves swapped, layers shifted
 configs       configurations, by what they mean to an engine
+files         files and index, by what a loader makes of them
 effect        what a difference does to the output of its linear
 run           the whole: work items, journal, engine
 """

@@ -4,12 +4,12 @@ model          what an engine computes with: sizes, rotary embedding, routing
 quantization   what is declared to be quantised, and how; exclude lists by what they cover
 tokenizer      what text becomes
 generation     sampling defaults
-note           what no engine computes with: versions, names, dates
-file           a file that only one of the checkpoints has
+files          what holds the tensors, and the index over them (`files`)
+note           what no engine computes with: versions, names, dates, sums
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
@@ -57,6 +57,7 @@ class Matters(StrEnum):
     QUANTIZATION = "quantization"
     TOKENIZER = "tokenizer"
     GENERATION = "generation"
+    FILES = "files"
     NOTE = "note"
 
 
@@ -85,12 +86,16 @@ class ConfigDiff:
             return not formats_changed or fail_on is FailOn.REQUANTIZED
         if self.matters is Matters.GENERATION:
             return fail_on is FailOn.REQUANTIZED
-        return self.matters in (Matters.MODEL, Matters.TOKENIZER)
+        return self.matters in (Matters.MODEL, Matters.TOKENIZER, Matters.FILES)
 
 
 def compare_configs(a: Checkpoint, b: Checkpoint) -> list[ConfigDiff]:
     """Compare every configuration that an engine reads."""
-    found = [*_config(a, b), *_quantization(a, b), *_generation(a, b), *_tokenizer(a, b)]
+    return in_order([*_config(a, b), *_quantization(a, b), *_generation(a, b), *_tokenizer(a, b)])
+
+
+def in_order(found: Iterable[ConfigDiff]) -> list[ConfigDiff]:
+    """Sort differences by what they matter to."""
     order = list(Matters)
     return sorted(found, key=lambda diff: (order.index(diff.matters), diff.file, diff.key))
 

@@ -20,8 +20,9 @@ from nvfp4check.checkpoint.audit.sources import Reader
 from nvfp4check.checkpoint.byte_pass import Sample, draw
 from nvfp4check.checkpoint.diff.classes import FailOn, WeightClass, fails
 from nvfp4check.checkpoint.diff.compare import Skip, class_of_headers, compare
-from nvfp4check.checkpoint.diff.configs import ConfigDiff, compare_configs
+from nvfp4check.checkpoint.diff.configs import ConfigDiff, compare_configs, in_order
 from nvfp4check.checkpoint.diff.effect import Moments
+from nvfp4check.checkpoint.diff.files import compare_files
 from nvfp4check.checkpoint.diff.moved import name_moved
 from nvfp4check.checkpoint.diff.pairing import Pair, pair_weights
 from nvfp4check.checkpoint.diff.results import WeightDiff
@@ -62,8 +63,8 @@ class DiffOptions:
             raise CheckError(f"sample {self.sample} is no fraction; give 0 < fraction <= 1")
         if self.device != "cpu":
             raise CheckError(
-                f"diff compares bytes on the CPU and has no way to do it on {self.device!r}; leave "
-                "--device out"
+                f"--device {self.device}: diff compares on the CPU alone; leave --device out, "
+                "and give --jobs N to use more cores"
             )
 
 
@@ -170,7 +171,7 @@ def diff_checkpoints(
     return DiffResult(
         a=_summary(a),
         b=_summary(b),
-        config=tuple(compare_configs(a, b)),
+        config=tuple(in_order([*compare_configs(a, b), *compare_files(a, b)])),
         weights=tuple(sorted(found, key=lambda diff: diff.name)),
         patterns=patterns,
         skipped=tuple(gaps),

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from nvfp4check.checkpoint.diff.classes import FailOn, WeightClass
@@ -27,12 +28,14 @@ def reshard(source, target):
     tensors = {}
     for shard in sorted(source.glob("*.safetensors")):
         tensors |= load_file(shard)
+    with safe_open(shard, "pt") as opened:
+        metadata = opened.metadata()
     names = sorted(tensors, key=lambda name: name[::-1])
     weight_map = {}
     for number in range(3):
         file = f"model-{number + 1:05d}-of-000003.safetensors"
         held = names[number::3]
-        save_file({name: tensors[name] for name in held}, target / file)
+        save_file({name: tensors[name] for name in held}, target / file, metadata)
         weight_map |= dict.fromkeys(held, file)
     for document in source.glob("*.json"):
         shutil.copy(document, target / document.name)
