@@ -39,6 +39,10 @@ class RangeServer(ThreadingHTTPServer):
         self.retry_after: list[str] = []
         self.etags: dict[str, str] = {}
         self.lock = threading.Lock()
+        #: Set when a client hangs up on a file that it was sent whole.
+        self.hung_up = threading.Event()
+        #: Set at the end: answers that are held back wait for it.
+        self.released = threading.Event()
 
     @property
     def url(self) -> str:
@@ -113,7 +117,7 @@ class RangeHandler(BaseHTTPRequestHandler):
             case "endless range":
                 self.answer(206, part, Content_Range=f"bytes 0-99/{'9' * 5000}")
             case "date":
-                date = self.date_time_string(time.time() + 30)
+                date = self.date_time_string(time.time() + 50)
                 self.answer(503, Retry_After=date)
             case "dropped":  # half of what was announced, then the end
                 self.send_response(206)
@@ -140,22 +144,26 @@ class RangeHandler(BaseHTTPRequestHandler):
                 self.send_response(200)
                 self.send_header("Content-Length", str(size))
                 self.end_headers()
-                with file.open("rb") as opened, contextlib.suppress(OSError):
-                    while chunk := opened.read(1 << 16):
-                        self.wfile.write(chunk)
-                        self.server.count(self.path, len(chunk))
-            case "slow":
+                with file.open("rb") as opened:
+                    try:
+                        while chunk := opened.read(1 << 16):
+                            self.wfile.write(chunk)
+                            self.server.count(self.path, len(chunk))
+                    except OSError:
+                        self.server.hung_up.set()
+            case "slow":  # half of what was announced, and no more for long
                 self.send_response(206)
                 self.send_header("Content-Range", span)
                 self.send_header("Content-Length", str(len(part)))
                 self.end_headers()
-                with contextlib.suppress(OSError):
-                    for byte in part:
-                        self.wfile.write(bytes([byte]))
-                        self.wfile.flush()
-                        time.sleep(0.05)
+                self.wfile.write(part[: len(part) // 2])
+                self.wfile.flush()
+                self.server.released.wait()
+                self.close_connection = True
             case "silent":
-                time.sleep(1)
+                self.server.released.wait()
+                self.close_connection = True
+            case "hung up":
                 self.close_connection = True
             case str():
                 self.answer(302, Location=fault)
@@ -264,6 +272,7 @@ def running(handler: type[RangeHandler], directory: Path) -> Iterator[RangeServe
         try:
             yield server
         finally:
+            server.released.set()
             server.shutdown()
             thread.join()
 

@@ -1,9 +1,9 @@
 import pickle
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -69,10 +69,10 @@ def test_a_date_to_come_back_at_is_understood(server: SimpleNamespace) -> None:
     server.faults = ["date"]
     storage.read(SHARD, 5, 500)
     assert len(delays) == 1
-    assert 20 < delays[0] <= 30
+    assert 10 < delays[0] <= 50  # a busy machine may take its time
 
 
-@pytest.mark.parametrize("fault", ["dropped", "short", "long", "silent"])
+@pytest.mark.parametrize("fault", ["dropped", "short", "long", "hung up"])
 def test_an_answer_that_breaks_off_or_has_the_wrong_length_is_asked_for_again(
     server: SimpleNamespace, golden: SimpleNamespace, fault: str
 ) -> None:
@@ -135,7 +135,7 @@ def test_a_whole_file_in_place_of_a_range_is_not_downloaded(
     server.faults = ["whole"]
     with pytest.raises(CheckError, match="download the checkpoint instead"):
         storage.read("model.safetensors", 10, 100)
-    time.sleep(0.2)
+    assert server.hung_up.wait(60)
     assert server.sent < 32 << 20  # what fits into the buffers of the two sockets
 
 
@@ -222,22 +222,22 @@ def test_connections_are_used_again(server: SimpleNamespace) -> None:
     assert len(accepted) <= 1
 
 
-def test_a_server_that_trickles_is_given_up(server: SimpleNamespace) -> None:
+def test_a_server_that_trickles_is_given_up(
+    server: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     storage = opened(server)
-    hasty = HttpStorage(
-        server.url, patient([], attempts=1), Timeouts(read=0.3, slowest=float(1 << 20))
-    )
-    hasty._files = storage.list()
+    # A minute passes from each look at the clock to the next.
+    clock = SimpleNamespace(monotonic=count(step=60.0).__next__)
+    monkeypatch.setattr("nvfp4check.checkpoint.connections.time", clock)
+    storage._retry = patient([], attempts=1)
     server.faults = ["slow"]
-    begun = time.monotonic()
-    with pytest.raises(CheckError, match="came in time: too slow"):
-        hasty.read(SHARD, 0, 1000)
-    assert time.monotonic() - begun < 5
+    with pytest.raises(CheckError, match="500 of 1,000 bytes came in time: too slow"):
+        storage.read(SHARD, 0, 1000)
 
 
 def test_a_server_that_does_not_answer_is_given_up(server: SimpleNamespace) -> None:
     storage = HttpStorage(server.url, patient([], attempts=2), Timeouts(read=0.2))
-    storage.list()
+    storage._files = opened(server).list()
     server.faults = ["silent", "silent"]
     with pytest.raises(CheckError, match=r"timed out.*after 2 attempts"):
         storage.read(SHARD, 0, 1000)
@@ -252,11 +252,11 @@ def closed_port() -> Iterator[int]:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid"])
-def test_a_server_that_is_not_there_is_said_to_be_so_at_once(closed_port: int, host: str) -> None:
-    begun = time.monotonic()
+def test_a_server_that_is_not_there_is_tried_once_more_alone(closed_port: int, host: str) -> None:
+    delays: list[float] = []
     with pytest.raises(CheckError, match=r"no answer: .*check the spelling of the address"):
-        open_checkpoint(f"http://{host}:{closed_port}")
-    assert time.monotonic() - begun < 3
+        HttpStorage(f"http://{host}:{closed_port}", Retry(sleep=delays.append)).list()
+    assert set(delays) == {0.5}  # of each file that was asked for, side by side
 
 
 def test_a_server_that_was_there_is_waited_for(server: SimpleNamespace) -> None:
