@@ -10,6 +10,7 @@ and stopped at the end.
 
 import logging
 import os
+import socket
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -22,6 +23,9 @@ from nvfp4check.findings import CheckError
 
 #: How often an item is done again after its worker was lost.
 RETRIES = 3
+
+#: How long a cluster may take to accept a connection.
+_ANSWER_SECONDS = 10.0
 
 #: Items handed out ahead for each processor: one to work on, one waiting.
 _AHEAD = 2
@@ -153,10 +157,11 @@ def _connected(ray: ModuleType, address: str | None, processors: int) -> Iterato
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
         if chosen is not None:
+            _require_answer(chosen)
             ray.init(address=chosen, **quiet)
         else:
             _join_or_start(ray, processors, quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, OverflowError, RuntimeError, ValueError) as error:
         raise CheckError(
             f"no Ray cluster at {chosen or 'this machine'}: {error}; start one with "
             "`ray start --head`, or give its address in RAY_ADDRESS"
@@ -165,6 +170,13 @@ def _connected(ray: ModuleType, address: str | None, processors: int) -> Iterato
         yield
     finally:
         ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Refuse a host and port where nobody answers: Ray would try for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=_ANSWER_SECONDS).close()
 
 
 def _join_or_start(ray: ModuleType, processors: int, quiet: dict[str, Any]) -> None:

@@ -99,6 +99,21 @@ def test_a_cluster_without_ray_ends_with_what_to_install(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:99999"])
+def test_a_cluster_that_does_not_answer_is_an_error_at_once(
+    address: str, run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_ADDRESS", address)
+
+    done = run("forward", str(TINY / "bf16"), "--out", str(tmp_path / "run"), "--engine", "ray")
+
+    assert done.code == 2
+    assert f"no Ray cluster at {address}" in done.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_golden_is_recorded_then_verified_then_missed(
     run: Callable[..., Any], prompts: Path, tmp_path: Path
 ) -> None:
