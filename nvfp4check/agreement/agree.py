@@ -9,79 +9,27 @@ Contract of the verdict:
     judged      the limits on KL and top-1 where given; else the layers, against derived bounds
                 where their inputs are golden and the noise floor where there is one; else only
                 whether the two runs are equal bit for bit
-    bounds      what exceeds them fails. Layers that keep them pass only if every point compared
-                has been held, against its bound or the noise floor; else it is undecided
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 import torch
 
 from nvfp4check.activations import Run
 from nvfp4check.agreement.blind import Blind, blind_spots
 from nvfp4check.agreement.bounds import Bounds, hold_bounds
-from nvfp4check.agreement.divergence import (
-    BOUND,
-    NOTHING,
-    Divergence,
-    HeldPoint,
-    first_divergence,
-    hold,
-)
+from nvfp4check.agreement.criteria import AgreeOptions as AgreeOptions
+from nvfp4check.agreement.criteria import Criterion, criteria_of
+from nvfp4check.agreement.criteria import Judge as Judge
+from nvfp4check.agreement.divergence import Divergence, HeldPoint, first_divergence, hold
 from nvfp4check.agreement.integrity import Integrity, Problem, check_runs
 from nvfp4check.agreement.layers import PointAgreement, compare_layers
 from nvfp4check.agreement.positions import Positions, compare_positions
 from nvfp4check.agreement.routing import LayerRouting, compare_routing
-from nvfp4check.agreement.statistics import Decision, Estimate, decide_at_least, decide_at_most
+from nvfp4check.agreement.statistics import Decision, Estimate
 from nvfp4check.agreement.summary import Summary, paired, summarize
 from nvfp4check.findings import CheckError
-
-BOUNDS_CRITERION = "layers within their derived bounds"
-FLOOR_CRITERION = "layers within the noise floor"
-
-
-class Judge(StrEnum):
-    """What the verdict rests on."""
-
-    #: Limits where given, else layers where they have bounds or a floor, else equality in bits.
-    AUTO = "auto"
-    #: Nothing: the numbers are reported, and only a broken run fails.
-    NONE = "none"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AgreeOptions:
-    """What two runs are held against."""
-
-    noise: tuple[Run, ...] = ()
-    #: The candidate's model with the reference's choice of experts.
-    forced: Run | None = None
-    #: Another candidate: is it nearer to the reference?
-    versus: Run | None = None
-    max_kl: float | None = None
-    min_top1: float | None = None
-    alpha: float = 0.05
-    power: float = 0.8
-    judge: Judge = Judge.AUTO
-    #: Checkpoint whose head makes logits of final states.
-    head: str | None = None
-    seed: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Criterion:
-    """Something that was decided."""
-
-    what: str
-    decision: Decision
-    found: float | None
-    limit: float | None
-    #: The smallest true difference that such a sample shows.
-    effect: float | None
-    #: One-sided bounds of the true value at alpha; None where nothing is known or estimated.
-    bounds: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,7 +147,7 @@ def agree(reference: Run, candidate: Run, options: AgreeOptions | None = None) -
         noise_logits=noise,
         split=_split(reference, prompts, positions, options),
         versus=_versus(reference, prompts, positions, options),
-        criteria=tuple(_criteria(held, routing, bounds, divergence, logits, positions, options)),
+        criteria=tuple(criteria_of(held, routing, bounds, divergence, logits, positions, options)),
     )
 
 
@@ -335,86 +283,3 @@ def _versus(
         difference=paired(other_kl, kl, options.seed),
         kl=summarize(other.metrics, options.seed).kl,
     )
-
-
-def _criteria(
-    held: Sequence[HeldPoint],
-    routing: Sequence[LayerRouting],
-    bounds: Bounds,
-    divergence: Divergence | None,
-    logits: Summary | None,
-    positions: Positions | None,
-    options: AgreeOptions,
-) -> list[Criterion]:
-    found = []
-    if logits is not None and logits.contaminated:
-        found.append(_broken("positions without NaN or infinity", logits.contaminated))
-    spoilt = sum(point.agreement.nonfinite_candidate for point in held)
-    if spoilt:
-        found.append(_broken("activations without NaN or infinity", spoilt))
-    if options.judge is Judge.NONE:
-        return found
-    limited = options.max_kl is not None or options.min_top1 is not None
-    if limited and logits is None:
-        raise CheckError("--max-kl and --min-top1 judge logits, and a run holds none")
-    if logits is not None and options.max_kl is not None:
-        decision = decide_at_most(logits.kl, options.max_kl, options.alpha)
-        bounded = positions is not None and positions.tail is not None and not positions.tail.exact
-        if bounded and decision is Decision.PASS:
-            decision = Decision.UNDECIDED
-        found.append(_limit("mean KL", decision, logits.kl, options.max_kl, options))
-    if logits is not None and options.min_top1 is not None:
-        decision = decide_at_least(logits.top1, options.min_top1, options.alpha)
-        found.append(_limit("top-1 agreement", decision, logits.top1, options.min_top1, options))
-    if limited:
-        return found
-    if bounds.points:
-        found.append(_plain(BOUNDS_CRITERION, _within_bounds(held, bounds)))
-    if options.noise and any(point.floor is not None for point in held):
-        beyond = divergence is not None and divergence.held_against != BOUND
-        found.append(_plain(FLOOR_CRITERION, Decision.FAIL if beyond else Decision.PASS))
-    elif not bounds.points and _equal(held, routing, logits):
-        found.append(_plain("equal bit for bit at every point compared", Decision.PASS))
-    return found
-
-
-def _within_bounds(held: Sequence[HeldPoint], bounds: Bounds) -> Decision:
-    """Decide whether layers keep their bounds; what has neither bound nor floor leaves it open."""
-    if bounds.illegal or any(point.bound and point.bound.exceeding for point in held):
-        return Decision.FAIL
-    open_ = any(point.held_against == NOTHING and not point.agreement.bitwise for point in held)
-    return Decision.UNDECIDED if open_ else Decision.PASS
-
-
-def _equal(
-    held: Sequence[HeldPoint], routing: Sequence[LayerRouting], logits: Summary | None
-) -> bool:
-    return (
-        all(point.agreement.bitwise for point in held)
-        and not any(layer.flips for layer in routing)
-        and (logits is None or bool((logits.values("kl") == 0).all()))
-    )
-
-
-def _limit(
-    what: str, decision: Decision, found: Estimate, limit: float, options: AgreeOptions
-) -> Criterion:
-    known = bool(found.resamples)
-    return Criterion(
-        what=what,
-        decision=decision,
-        found=found.mean,
-        limit=limit,
-        effect=found.smallest_effect(options.alpha, options.power),
-        bounds=(found.lower_bound(options.alpha), found.upper_bound(options.alpha))
-        if known
-        else None,
-    )
-
-
-def _plain(what: str, decision: Decision) -> Criterion:
-    return Criterion(what=what, decision=decision, found=None, limit=None, effect=None)
-
-
-def _broken(what: str, count: int) -> Criterion:
-    return Criterion(what=what, decision=Decision.FAIL, found=float(count), limit=0.0, effect=None)

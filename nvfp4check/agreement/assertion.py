@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from nvfp4check.activations import Run
-from nvfp4check.agreement.agree import BOUNDS_CRITERION, AgreeOptions, AgreeResult, agree
+from nvfp4check.agreement.agree import AgreeOptions, AgreeResult, agree
+from nvfp4check.agreement.criteria import BOUNDS_CRITERION
 from nvfp4check.agreement.divergence import NOTHING
 from nvfp4check.agreement.statistics import Decision
 
