@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,10 +14,14 @@ from nvfp4check.cli.options import (
     OutputOption,
     prepared_format,
     require_limits,
+    require_seed,
     write,
 )
 from nvfp4check.findings import CheckError
 from nvfp4check.report.render import render
+
+if TYPE_CHECKING:
+    from nvfp4check.activations import Run
 
 app = make_app()
 
@@ -103,7 +107,9 @@ def agree(
             show_default=False,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the resampling.")] = 0,
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Which resamples of the positions are drawn.")
+    ] = 0,
     allow_skips: Annotated[
         bool,
         typer.Option("--allow-skips", help="Exit with 0 though something was not recorded."),
@@ -124,10 +130,12 @@ def agree(
     PASS, FAIL and UNDECIDED give the exit codes 0, 1 and 3. A limit is kept or broken only if a
     one-sided interval at --alpha lies wholly on one side of it.
     """
-    for name, share in (("--alpha", alpha), ("--power", power)):
-        if not 0 < share < 1:
-            raise CheckError(f"{name} {share}: give a probability between 0 and 1")
+    if not 0 < alpha < 0.5:
+        raise CheckError(f"--alpha {alpha}: give a probability above 0 and below 0.5, such as 0.05")
+    if not 0.5 <= power < 1:
+        raise CheckError(f"--power {power}: give a probability from 0.5 to below 1, such as 0.8")
     require_limits(max_kl, min_top1)
+    require_seed(seed)
     into = prepared_format(format, output, AgreeFormat)
 
     from nvfp4check.activations import Run
@@ -149,7 +157,10 @@ def agree(
         head=head,
         seed=seed,
     )
-    result = compare(Run.open(reference), Run.open(candidate), options)
+    opened = Run.open(reference), Run.open(candidate)
+    others = (*options.noise, options.forced, options.versus)
+    _require_use(head, [*opened, *(run for run in others if run is not None)])
+    result = compare(*opened, options)
     document = agree_document(result, Words.of(result.reference, result.candidate))
     write(render(document, into), output)
     codes = {
@@ -160,3 +171,21 @@ def agree(
     if result.verdict is Decision.PASS and result.skipped and not allow_skips:
         return ExitCode.COULD_NOT_CHECK
     return codes[result.verdict]
+
+
+def _require_use(head: str | None, runs: "list[Run]") -> None:
+    """Refuse a head that would make no logits, as all runs hold them.
+
+    Raises:
+        CheckError: No run holds final states and no logits.
+    """
+    from nvfp4check.activations import FINAL_HIDDEN_FILE, LOGITS_FILE
+
+    def needs_it(run: "Run") -> bool:
+        return (run.path / FINAL_HIDDEN_FILE).is_file() and not (run.path / LOGITS_FILE).is_file()
+
+    if head is not None and not any(needs_it(run) for run in runs):
+        raise CheckError(
+            f"--head {head}: no run needs it; it makes logits of final states, which `forward "
+            "--logits hidden` keeps. Leave it out"
+        )

@@ -15,11 +15,13 @@ is the help. Heavy imports (torch, the checkpoint package) stand inside the func
 `make_app(group="what they are for")`.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import NoReturn, ParamSpec
+from typing import Any, NoReturn, ParamSpec
 
 import typer
+import typer.core
 
 P = ParamSpec("P")
 
@@ -34,6 +36,14 @@ class Ending(Exception):  # noqa: N818  it is no error
     def __init__(self, code: int) -> None:
         super().__init__(code)
         self.code = code
+
+
+class _Command(typer.core.TyperCommand):
+    """A command whose help says nothing in the words of Python's types."""
+
+    def get_help(self, ctx: Any) -> str:
+        """Return the help; after an argument that may be repeated stands no `<list[str]>`."""
+        return re.sub(r" <list\[\w+\]>", "...", super().get_help(ctx))
 
 
 def make_app(group: str | None = None) -> typer.Typer:
@@ -71,7 +81,7 @@ def command(
 
         # In the list of a group it is the first sentence, whole: the library would cut it short.
         summary = " ".join((function.__doc__ or "").partition("\n\n")[0].split())
-        app.command(name, short_help=summary, epilog=_epilog(examples))(end)
+        app.command(name, cls=_Command, short_help=summary, epilog=_epilog(examples))(end)
         group = app.registered_callback
         if group is not None:
             group.epilog = "\n".join((group.epilog or _epilog(()), _line(examples[0])))

@@ -33,7 +33,10 @@ def bench(
     ] = False,
     chip: Annotated[
         list[str] | None,
-        typer.Option(help="With --predict, repeatable: H100, H200, B200, GB200, RTX-PRO-6000."),
+        typer.Option(
+            metavar="CHIP",
+            help="With --predict, repeatable: H100, H200, B200, GB200, RTX-PRO-6000.",
+        ),
     ] = None,
     tune: Annotated[
         bool,

@@ -34,7 +34,9 @@ EXAMPLES = (
 def codegen(
     arch: Annotated[
         list[str] | None,
-        typer.Option(help="sm90, sm100, sm103, sm120 or all; repeatable. [default: sm100]"),
+        typer.Option(
+            metavar="ARCH", help="sm90, sm100, sm103, sm120 or all; repeatable. [default: sm100]"
+        ),
     ] = None,
     kernel: Annotated[
         str | None,
@@ -53,8 +55,9 @@ def codegen(
     need: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="FACT",
             help="For MODULE:FUNCTION, repeatable: nvfp4-matrix, matrix, tma-loads, e2m1-encodes, "
-            "e2m1-decodes, load-width=BYTES, store-width=BYTES."
+            "e2m1-decodes, load-width=BYTES, store-width=BYTES.",
         ),
     ] = None,
     warps: Annotated[int, typer.Option(help="For MODULE:FUNCTION: num_warps.")] = 4,

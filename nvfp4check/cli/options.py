@@ -1,6 +1,7 @@
 """Arguments and options that several commands share, and the file or stream a result goes to."""
 
 import errno
+import math
 import os
 import sys
 import tempfile
@@ -103,9 +104,7 @@ MinTop1Option = Annotated[
     typer.Option(
         "--min-top1",
         metavar="SHARE",
-        min=0,
-        max=1,
-        help="Limit on top-1 agreement.",
+        help="Limit on top-1 agreement, such as 0.95.",
         show_default=False,
     ),
 ]
@@ -185,12 +184,22 @@ def require_limits(max_kl: float | None, min_top1: float | None) -> None:
     """Check that limits on logits are numbers that a result can keep or break.
 
     Raises:
-        CheckError: One is NaN, or the limit on KL is negative.
+        CheckError: One is no number, or none that a result can break.
     """
-    if max_kl is not None and not max_kl >= 0:
-        raise CheckError(f"--max-kl {max_kl}: give a limit in nats that is 0 or more")
+    if max_kl is not None and not 0 <= max_kl < math.inf:
+        raise CheckError(f"--max-kl {max_kl}: give a limit in nats that is 0 or more, and finite")
     if min_top1 is not None and not 0 <= min_top1 <= 1:
-        raise CheckError(f"--min-top1 {min_top1}: give a share between 0 and 1")
+        raise CheckError(f"--min-top1 {min_top1}: give a share between 0 and 1, 0.95 for 95 %")
+
+
+def require_seed(seed: int) -> None:
+    """Check that a seed is one that generators of random numbers take.
+
+    Raises:
+        CheckError: It is negative or has more than 63 bits.
+    """
+    if not 0 <= seed < 2**63:
+        raise CheckError(f"--seed {seed}: give a whole number from 0 to 2**63 - 1")
 
 
 def require_writable(output: Path | None) -> None:

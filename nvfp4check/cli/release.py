@@ -1,5 +1,6 @@
 """`nvfp4check release CKPT --base BASE --out DIR`: the whole gate in one command."""
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -26,6 +27,7 @@ from nvfp4check.cli.options import (
     require_limits,
     write,
 )
+from nvfp4check.findings import CheckError
 from nvfp4check.report.render import render
 
 if TYPE_CHECKING:
@@ -87,6 +89,7 @@ def release(
     worst step: 1, then 2, then 3. Without a limit on logits the comparison is undecided.
     """
     require_limits(max_kl, min_top1)
+    _require_inputs(checkpoint, base, prompts, logits)
 
     from nvfp4check.release import ReleaseOptions, begin
     from nvfp4check.release import plan as make_plan
@@ -123,6 +126,25 @@ def release(
         return code
     write(render(state.document(), into), output)
     return state.code
+
+
+def _require_inputs(checkpoint: str, base: str, prompts: Path | None, logits: str) -> None:
+    """Check before the hours of the first step what the later ones would refuse.
+
+    Raises:
+        CheckError: The base is the checkpoint, or prompts or --logits cannot be understood.
+    """
+    from nvfp4check.forward.options import Logits
+    from nvfp4check.tokens import check_prompts, read_prompts
+
+    if os.path.realpath(checkpoint) == os.path.realpath(base):
+        raise CheckError(
+            f"{base}: the base is the checkpoint itself; give --base the FP8 or BF16 checkpoint "
+            "that this one was made from"
+        )
+    Logits.parse(logits)
+    if prompts is not None:
+        check_prompts(read_prompts(prompts), "--prompts")
 
 
 def _run_page(step: "Step", state: "State") -> int:

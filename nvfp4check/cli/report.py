@@ -63,8 +63,16 @@ def _input(file: Path) -> dict[str, Any]:
     try:
         data = file.read_bytes()
         document = json.loads(data)
-    except (OSError, ValueError) as error:
-        raise CheckError(f"{file}: cannot be read as a result: {error}") from error
+    except OSError as error:
+        raise CheckError(
+            f"{file}: cannot be read as a result: {error.strerror}; give files that commands wrote "
+            "with --format json"
+        ) from error
+    except ValueError as error:
+        raise CheckError(
+            f"{file}: cannot be read as a result: it is no JSON ({error}); write it with --format "
+            "json"
+        ) from error
     if not isinstance(document, dict):
         raise CheckError(f"{file}: is no result; give what a command wrote with --format json")
     try:

@@ -94,8 +94,9 @@ def _shown(
         page = page_of(document)
         return page, text_of(document) if page is None else None
     except (LookupError, TypeError, ValueError, AttributeError, TemplateError) as error:
+        lacks = f"{error} is missing" if isinstance(error, KeyError) else repr(error)
         raise CheckError(
-            f"{entry['file']}: is no whole {entry['kind']} result ({error!r}); write it again with "
+            f"{entry['file']}: is no whole {entry['kind']} result ({lacks}); write it again with "
             "--format json"
         ) from error
 

@@ -115,7 +115,15 @@ def test_what_was_not_recorded_forbids_a_pass(run: Run, runs: Path, tmp_path: Pa
     ("line", "message"),
     [
         (("agree", "nowhere", GOLDEN), "no run.json"),
-        (("agree", GOLDEN, GOLDEN, "--alpha", "2"), "between 0 and 1"),
+        (("agree", GOLDEN, GOLDEN, "--alpha", "2"), "below 0.5"),
+        (("agree", GOLDEN, GOLDEN, "--alpha", "nan"), "below 0.5"),
+        (("agree", GOLDEN, GOLDEN, "--power", "0.1"), "from 0.5 to below 1"),
+        (("agree", GOLDEN, GOLDEN, "--max-kl", "inf"), "and finite"),
+        (("agree", GOLDEN, GOLDEN, "--min-top1", "95"), "0.95 for 95 %"),
+        (("agree", GOLDEN, GOLDEN, "--seed", "9" * 20), "2**63 - 1"),
+        (("agree", GOLDEN, GOLDEN, "--head", "nowhere"), "no run needs it"),
+        (("agree", GOLDEN, __file__), "no run.json"),
+        (("report", __file__), "it is no JSON"),
         (("report", "nowhere.json"), "cannot be read as a result"),
         (
             ("capture", "logprobs", "--base-url", "localhost", *MORE),
@@ -155,6 +163,24 @@ def test_a_file_that_is_no_result_is_refused(run: Run, tmp_path: Path) -> None:
 
     assert ran.code == 2
     assert "x.json" in ran.err
+
+
+def test_a_result_that_was_cut_is_refused_by_what_it_lacks(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "half.json").write_text('{"schema": "nvfp4check/agree/1"}')
+
+    ran = run("report", str(tmp_path / "half.json"))
+
+    assert ran.code == 2
+    assert "is no whole agree result" in ran.err
+    assert "is missing" in ran.err
+
+
+@pytest.mark.parametrize("command", ["report", "rules"])
+def test_help_does_not_speak_of_python_s_types(run: Run, command: str) -> None:
+    ran = run(command, "--help")
+
+    assert "list[" not in ran.out
+    assert "..." in ran.out
 
 
 @pytest.fixture(scope="session")
@@ -213,6 +239,25 @@ def test_a_step_whose_input_is_missing_is_not_run(run: Run, prompts: Path, tmp_p
 
     assert ran.code == 2
     assert "agree not run: forward-base did not come about" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--prompts", "nowhere.jsonl"), "nowhere.jsonl: cannot be read as prompts"),
+        (("--logits", "topk:0"), "give full, hidden, or topk:N"),
+        (("--base", str(TINY / "nvfp4")), "the base is the checkpoint itself"),
+    ],
+)
+def test_what_a_later_step_would_refuse_is_refused_before_the_first(
+    run: Run, prompts: Path, tmp_path: Path, more: tuple[str, ...], message: str
+) -> None:
+    ran = run(*gate(prompts, tmp_path / "gate", *more))
+
+    assert ran.code == 2
+    assert message in ran.err
+    assert "release: validate" not in ran.err
+    assert not (tmp_path / "gate").exists()
 
 
 def test_every_step_runs_alone(run: Run, prompts: Path, tmp_path: Path) -> None:
