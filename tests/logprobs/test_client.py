@@ -188,12 +188,14 @@ def test_a_server_that_takes_too_long_is_an_error() -> None:
 
 
 def test_a_server_that_is_not_there_is_an_error() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        port = listening.getsockname()[1]
     waits = Waits()
+    # A port that is held and not listened at, so that no other process gets it meanwhile.
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        absent = f"http://127.0.0.1:{held.getsockname()[1]}"
 
-    with pytest.raises(CheckError, match=r"refused; tried 3 times\. Is the server up"):
-        Client(base_url=f"http://127.0.0.1:{port}", retries=2, sleep=waits).get("/v1/models")
+        with pytest.raises(CheckError, match=r"refused; tried 3 times\. Is the server up"):
+            Client(base_url=absent, retries=2, sleep=waits).get("/v1/models")
     assert waits == [0.5, 1]
 
 

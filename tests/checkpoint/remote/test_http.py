@@ -265,8 +265,11 @@ def test_a_server_that_was_there_is_waited_for(server: SimpleNamespace) -> None:
     server.shutdown()
     server.server_close()
     storage._connections.managers.clear()
-    with pytest.raises(CheckError, match=r"no answer.*after 4 attempts; run again later"):
-        storage.read(SHARD, 0, 100)
+    with closing(socket.socket()) as held:  # so that no other process gets the port meanwhile
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", server.server_port))
+        with pytest.raises(CheckError, match=r"no answer.*after 4 attempts; run again later"):
+            storage.read(SHARD, 0, 100)
     assert delays == [1.0, 2.0, 4.0]
 
 
