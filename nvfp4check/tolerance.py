@@ -70,6 +70,14 @@ class Reciprocal(StrEnum):
     ANY = "any"
 
 
+class Ties(StrEnum):
+    """Which of equal scores a router chooses."""
+
+    LOWER_INDEX = "lower-index"
+    #: Not declared: any of them, as torch.topk.
+    ANY = "any"
+
+
 #: Error of an approximate reciprocal, exponential or square root, in units of the last place.
 FUNCTION_ULPS = 2.0
 
@@ -87,6 +95,11 @@ class Facts:
     function_ulps: float = FUNCTION_ULPS
     #: The dtype in which a fused kernel keeps its activation before it quantises.
     intermediate: Accumulator = Accumulator.FLOAT32
+    #: Which of equal scores `route` chooses.
+    ties: Ties = Ties.ANY
+    #: Whether the sums over a row run in one order, whatever the other rows, strides and alignment.
+    #: Kernels that split a sum by the size of the batch, or vectorise by alignment, do not so.
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a chunk or an error that is not positive."""
@@ -110,6 +123,8 @@ class Facts:
             "reciprocal": Reciprocal,
             "function_ulps": float,
             "intermediate": Accumulator,
+            "ties": Ties,
+            "batch_invariant": bool,
         }
         declared: dict[str, Any] = {}
         for field in fields(cls):

@@ -3,7 +3,8 @@
 Contract:
     seen      the first property that fails on the wrong computation; a fault that raises is an
               error of the catalogue, not something seen
-    reference faults are planted in the reference, which divides as IEEE 754 does: that is declared
+    reference faults are planted in the reference, and what it does is declared: it divides as IEEE
+              754 does, gives ties to the lower index, and treats a row alike in every batch
     rule      seen where some result of the fault is not accepted, on one sample of the rule's own
               random inputs; then on every product of the suite, compared with the exact product
 """
@@ -24,11 +25,14 @@ from nvfp4check.faults.variants import Variant, correct_variants
 from nvfp4check.ops import OPERATIONS, Inputs, Kernel
 from nvfp4check.properties import properties_of
 from nvfp4check.properties.law import Case, Setting, Verdict
-from nvfp4check.tolerance import Facts, Reciprocal
+from nvfp4check.tolerance import Facts, Reciprocal, Ties
 from nvfp4ref.matmul import exact
 
 #: The convention faults are planted under where none is asked for.
 CONVENTION = "engine"
+
+#: What the reference declares.
+REFERENCE_FACTS = Facts(reciprocal=Reciprocal.IEEE, ties=Ties.LOWER_INDEX, batch_invariant=True)
 
 
 class BrokenFaultError(RuntimeError):
@@ -92,7 +96,7 @@ def sight(
     Raises:
         BrokenFaultError: A fault planted in the reference raised.
     """
-    declared = facts or Facts(reciprocal=Reciprocal.IEEE)
+    declared = facts or REFERENCE_FACTS
     for fault, form in faults_of(operation):
         named = form.convention_for(convention or CONVENTION)
         if kernel is not None and (not form.around or named not in (None, convention)):

@@ -161,10 +161,14 @@ def _quantisers() -> list[Variant]:
         for convention in Convention
         if convention is not Convention.TORCHAO_0_14  # it packs the other nibble first
     ]
-    for name, wrong in (("silu_mul_quantize", _silu32), ("rms_norm_quantize", _rms32)):
-        found.append(
-            Variant(operation=name, name="float32 throughout", kernel=wrong, convention="engine")
+    found += [
+        Variant(operation=op, name=name, kernel=kernel, convention="engine")
+        for op, name, kernel in (
+            ("silu_mul_quantize", "float32 throughout", _silu32),
+            ("rms_norm_quantize", "float32 throughout", _rms32),
+            ("rms_norm_quantize", "squares added by the batch", _norm_by_the_batch),
         )
+    ]
     return found
 
 
@@ -177,11 +181,25 @@ def _silu32(gate: Tensor, up: Tensor, decode: Tensor) -> Pair:
 def _rms32(
     x: Tensor, weight: Tensor, eps: float, decode: Tensor, residual: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    summed = x if residual is None else add_residual(x, residual)
-    wide = summed.float()
-    norm = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()
-    pair = nvfp4.quantize(norm, decode, Convention.ENGINE)
-    return pair if residual is None else (*pair, summed)
+    pair = nvfp4.quantize(_normed32(x, weight, eps, residual), decode, Convention.ENGINE)
+    return pair if residual is None else (*pair, add_residual(x, residual))
+
+
+def _norm_by_the_batch(
+    x: Tensor, weight: Tensor, eps: float, decode: Tensor, residual: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Norm in float32; the squares are added backwards in batches and in layouts of some kind."""
+    if len(x) < 2 and x.is_contiguous():
+        return _rms32(x, weight, eps, decode, residual)
+    backwards = None if residual is None else residual.flip(-1)
+    turned = _normed32(x.flip(-1), weight.flip(-1), eps, backwards).flip(-1)
+    quantised = nvfp4.quantize(turned, decode, Convention.ENGINE)
+    return quantised if residual is None else (*quantised, add_residual(x, residual))
+
+
+def _normed32(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor:
+    wide = (x if residual is None else add_residual(x, residual)).float()
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()
 
 
 def _inner_first(codes: Tensor, scales: Tensor, decode: Tensor, dtype: torch.dtype) -> Tensor:
@@ -215,6 +233,17 @@ def _backwards(experts: Tensor) -> Tensor:
 def _route64(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     experts, weights = operation("route").reference()(logits.double(), *rest)
     return experts, weights.float()
+
+
+def _higher_index(
+    logits: Tensor, bias: Tensor, n_group: int, topk_group: int, top_k: int, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Route mirrored scores: of equal ones the higher index is taken, as torch.topk may."""
+    mirrored = logits.flip(-1), bias.flip(-1)
+    experts, weights = operation("route").reference()(
+        *mirrored, n_group, topk_group, top_k, scaling
+    )
+    return (logits.shape[1] - 1 - experts).to(experts.dtype), weights
 
 
 def _rope32(x: Tensor, positions: Tensor, config: Any) -> Tensor:
@@ -255,6 +284,37 @@ def _attention32(
     return torch.stack(attended).to(q_latent.dtype)
 
 
+def _split_by_the_batch(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    latent_pages: Tensor,
+    rope_pages: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    scale: float,
+) -> Tensor:
+    """Attend in float32 to as many splits of the tokens as keep a GPU busy with this batch."""
+    splits = max(1, 16 // len(lengths)) if len(lengths) else 1
+    page = latent_pages.shape[1]
+    attended = []
+    for b, length in enumerate(lengths.tolist()):
+        pages = page_table[b, : -(-length // page)].long()
+        latent = latent_pages[pages].flatten(0, 1)[:length].float()
+        turned = rope_pages[pages].flatten(0, 1)[:length].float()
+        scores = (q_latent[b].float() @ latent.T + q_rope[b].float() @ turned.T) * scale
+        size = -(-length // splits)
+        parts = [slice(first, first + size) for first in range(0, length, size)]
+        highest = torch.stack([scores[:, part].amax(-1) for part in parts])
+        shifted = [
+            torch.exp(scores[:, p] - m.unsqueeze(-1)) for p, m in zip(parts, highest, strict=True)
+        ]
+        factors = torch.exp(highest - highest.amax(0)).unsqueeze(-1)
+        sums = torch.stack([w @ latent[p] for w, p in zip(shifted, parts, strict=True)])
+        totals = torch.stack([w.sum(-1, keepdim=True) for w in shifted])
+        attended.append((factors * sums).sum(0) / (factors * totals).sum(0))
+    return torch.stack(attended).to(q_latent.dtype)
+
+
 def _others() -> list[Variant]:
     kernels: list[tuple[str, str, Kernel]] = [
         ("dequantize", "(code * scale) * global", _inner_first),
@@ -262,8 +322,10 @@ def _others() -> list[Variant]:
         ("route", "experts by number", partial(_experts, _rising)),
         ("route", "experts backwards", partial(_experts, _backwards)),
         ("route", "float64", _route64),
+        ("route", "ties to the higher index", _higher_index),
         ("rope", "float32 throughout", _rope32),
         ("mla_decode", "float32, page after page", _attention32),
+        ("mla_decode", "tokens split by the batch", _split_by_the_batch),
     ]
     found = [Variant(operation=op, name=name, kernel=kernel) for op, name, kernel in kernels]
     found += [

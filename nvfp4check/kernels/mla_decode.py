@@ -184,7 +184,7 @@ def decode_tile(arch: Architecture, heads: int, itemsize: int) -> DecodeTile:
     return DecodeTile(power_of_two(heads, least=16, most=32), tokens, 8, 2)
 
 
-@declares(intermediate="bfloat16")
+@declares(intermediate="bfloat16", batch_invariant=True)
 def mla_decode(
     q_latent: torch.Tensor,
     q_rope: torch.Tensor,

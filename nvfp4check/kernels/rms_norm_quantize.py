@@ -108,7 +108,7 @@ def row_tile(arch: Architecture, rows: int, columns: int) -> RowTile:
     return RowTile(block_m, block_k, power_of_two(block_m * block_k // 1024, most=16))
 
 
-@declares(reciprocal="ieee")
+@declares(reciprocal="ieee", batch_invariant=True)
 def rms_norm_quantize(
     x: torch.Tensor,
     weight: torch.Tensor,

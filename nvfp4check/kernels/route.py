@@ -21,6 +21,7 @@ from nvfp4check.kernels.launch import (
     check_device,
     check_dtype,
     check_shape,
+    declares,
     launch,
     power_of_two,
 )
@@ -100,6 +101,7 @@ def _route_kernel(
     tl.store(weights_ptr + places, weights, mask=kept)
 
 
+@declares(ties="lower-index")
 def route(
     logits: torch.Tensor,
     bias: torch.Tensor,

@@ -6,6 +6,8 @@ Contract, for scores s = scale (q_latent . latent + q_rope . rope) and p = softm
              F + |s - max| 2**-23; u of the dtype that weights are stored in
     output   2 (weight) sum p |v|, since numerator and denominator are both off; (S' + 4) u_acc
              sum p |v| for the sums over the tokens; the rounding of the output
+    batch    the bits of a sequence in another batch are due of kernels that declare
+             `batch_invariant`: others may split its tokens by the batch
 """
 
 from collections.abc import Iterator
@@ -270,8 +272,8 @@ PROPERTIES = (
         generate=ordinary,
         check=_shared_scale,
     ),
-    common.permutes_rows(NAME, ordinary, _QUERY),
-    common.takes_any_view(NAME, ordinary, ("q_latent", "q_rope")),
+    common.permutes_rows(NAME, ordinary, _QUERY, truth=_check),
+    common.takes_any_view(NAME, ordinary, ("q_latent", "q_rope"), truth=_check),
     common.repeats(NAME, ordinary),
     common.writes_only_its_outputs(NAME, ordinary),
 )

@@ -167,9 +167,11 @@ PROPERTIES = (
         generate=ordinary,
         check=_homogeneous,
     ),
-    common.permutes_rows(NAME, _plain, ("x",)),
-    common.permutes_rows(NAME, _with_residual, ("x", "residual"), "rows-with-residual-too"),
-    common.takes_any_view(NAME, _plain, ("x",)),
+    common.permutes_rows(NAME, _plain, ("x",), truth=_check),
+    common.permutes_rows(
+        NAME, _with_residual, ("x", "residual"), "rows-with-residual-too", truth=_check
+    ),
+    common.takes_any_view(NAME, _plain, ("x",), truth=_check),
     common.ignores_poison(NAME, _plain, ("x",)),
     common.repeats(NAME, ordinary),
     common.writes_only_its_outputs(NAME, ordinary),

@@ -3,8 +3,9 @@
 Contract:
     score    sigmoid(logit) + bias, known to the sigmoid's error (`functions.sigmoid`) and u of
              the sum
-    choice   demanded where the gap that decides it, of groups and of experts, is larger than what
-             the two scores may be off; tokens with a smaller gap may go either way and are counted
+    choice   legal where scores within what each may be off could have led to it: some set of groups
+             none of which is certainly below one left out, and of their experts likewise; so ties
+             and near ties may go either way, and the lower index is due only where it is declared
     weights  of the experts that were chosen: twice the sigmoid's error, k u for their sum, F + 2 u
              for quotient and scaling; what flushing a sigmoid to zero may add
     order    of the k experts is free
@@ -13,6 +14,7 @@ Contract:
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 
 import torch
 
@@ -21,7 +23,7 @@ from nvfp4check.compare import Comparison
 from nvfp4check.ops import Inputs
 from nvfp4check.properties import common, functions
 from nvfp4check.properties.law import Case, Failure, Property, Runner, Setting, failed
-from nvfp4check.tolerance import Facts, Tolerance, output_terms
+from nvfp4check.tolerance import Facts, Ties, Tolerance, output_terms
 
 NAME = "route"
 
@@ -108,43 +110,54 @@ def _extremes(setting: Setting) -> Iterator[Case]:
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
-    """What the real scores decide, and for which tokens they do so beyond doubt."""
+class Scores:
+    """The real scores of a case, and how far a correct kernel's may lie from them."""
 
-    chosen: torch.Tensor
-    certain: torch.Tensor
+    scores: torch.Tensor
+    error: torch.Tensor
+    n_group: int
+    topk_group: int
 
+    @classmethod
+    def of(cls, taken: Inputs, facts: Facts) -> "Scores":
+        """Return the choice scores of logits and bias."""
+        logits, bias = taken["logits"].double(), taken["bias"].double()
+        gate = logits.sigmoid()
+        scores = gate + bias
+        error = functions.sigmoid(logits, facts) * gate + functions.FLUSH
+        error = error + functions.ROUNDING * scores.abs()
+        return cls(scores, error, taken["n_group"], taken["topk_group"])
 
-def decide(taken: Inputs, facts: Facts) -> Decision:
-    """Return the experts [T, E] that the real scores choose, and which tokens [T] are certain."""
-    logits, bias = taken["logits"].double(), taken["bias"].double()
-    gate = logits.sigmoid()
-    scores = gate + bias
-    error = functions.sigmoid(logits, facts) * gate + functions.FLUSH
-    error = error + functions.ROUNDING * scores.abs()
-    certain = torch.ones(len(logits), dtype=torch.bool)
-    if taken["n_group"] > 1 and len(logits):
-        grouped = scores.view(len(scores), taken["n_group"], -1)
-        best = grouped.topk(2, dim=-1)
-        group_scores = best.values.sum(-1)
-        worst = error.view(grouped.shape).amax(-1)
-        group_error = 2 * worst + functions.ROUNDING * group_scores.abs()
-        open_groups, certain = _separate(group_scores, group_error, taken["topk_group"])
-        closed = ~open_groups.repeat_interleave(grouped.shape[-1], dim=-1)
-        scores = scores.masked_fill(closed, float("-inf"))
-    chosen, clear = _separate(scores, error, taken["top_k"])
-    return Decision(chosen, certain & clear)
+    def by_group(self, values: torch.Tensor) -> torch.Tensor:
+        """Return values of experts as [T, groups, experts of one group]."""
+        return values.view(*values.shape[:-1], self.n_group, -1)
 
+    def legal(self, chosen: torch.Tensor) -> torch.Tensor:
+        """Tell for which tokens [T] a choice [T, E] is one that scores within the error allow."""
+        if not len(chosen):
+            return torch.ones(0, dtype=torch.bool)
+        lowest = torch.where(chosen, self.scores + self.error, torch.inf).amin(-1, keepdim=True)
+        passed_over = ~chosen & (self.scores - self.error > lowest)
+        used, spoilt = self.by_group(chosen).any(-1), self.by_group(passed_over).any(-1)
+        if self.n_group == 1:
+            return ~spoilt.squeeze(-1)
+        sets = self._group_sets()
+        fits = (~used.unsqueeze(1) | sets).all(-1) & ~(spoilt.unsqueeze(1) & sets).any(-1)
+        return (fits & self._open(sets)).any(-1)
 
-def _separate(
-    scores: torch.Tensor, error: torch.Tensor, count: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the mask of the `count` largest of each row, and whether no other could be."""
-    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
-    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
-    lowest_in = torch.where(chosen, scores - error, torch.inf).amin(-1)
-    highest_out = torch.where(chosen, -torch.inf, scores + error).amax(-1)
-    return chosen, lowest_in > highest_out
+    def _group_sets(self) -> torch.Tensor:
+        """Return every set of open groups as a mask [sets, groups]."""
+        chosen = list(combinations(range(self.n_group), self.topk_group))
+        sets = torch.zeros(len(chosen), self.n_group, dtype=torch.bool)
+        return sets.scatter_(-1, torch.tensor(chosen), True)
+
+    def _open(self, sets: torch.Tensor) -> torch.Tensor:
+        """Tell for which tokens a set [T, sets] holds no group that is certainly below another."""
+        best = self.by_group(self.scores).topk(2, dim=-1).values.sum(-1)
+        error = 2 * self.by_group(self.error).amax(-1) + functions.ROUNDING * best.abs()
+        high = torch.where(sets, (best + error).unsqueeze(1), torch.inf).amin(-1)
+        low = torch.where(sets, -torch.inf, (best - error).unsqueeze(1)).amax(-1)
+        return low <= high
 
 
 def _mask(experts: torch.Tensor, count: int) -> torch.Tensor:
@@ -156,12 +169,11 @@ def _check(runner: Runner, case: Case) -> Failure | None:
     form = _form(case, actual)
     if form:
         return form
-    decision = decide(case.inputs, runner.setting.facts)
-    experts = case.inputs["logits"].shape[1]
-    found = _mask(actual[0], experts)
-    wrong = ((found != decision.chosen).any(-1) & decision.certain).nonzero().flatten()
+    scores = Scores.of(case.inputs, runner.setting.facts)
+    legal = scores.legal(_mask(actual[0], scores.scores.shape[1]))
+    wrong = (~legal).nonzero().flatten()
     if len(wrong):
-        return _wrong_experts(case, actual, decision, int(wrong[0]), len(wrong))
+        return _wrong_experts(runner, case, actual, int(wrong[0]), len(wrong))
     return failed(case, _compare_weights(runner, case, actual), actual)
 
 
@@ -185,20 +197,19 @@ def _form(case: Case, actual: tuple[torch.Tensor, ...]) -> Failure | None:
 
 
 def _wrong_experts(
-    case: Case, actual: tuple[torch.Tensor, ...], decision: Decision, token: int, count: int
+    runner: Runner, case: Case, actual: tuple[torch.Tensor, ...], token: int, count: int
 ) -> Failure:
-    found = sorted(actual[0][token].tolist())
-    wanted = decision.chosen[token].nonzero().flatten().tolist()
+    expected = runner.reference(case.inputs)
+    found, wanted = (sorted(out[0][token].tolist()) for out in (actual, expected))
     scores = case.inputs["logits"][token].double().sigmoid() + case.inputs["bias"].double()
     strange = ", ".join(f"{e} ({scores[e]:.7g})" for e in sorted(set(found) - set(wanted)))
     missing = ", ".join(f"{e} ({scores[e]:.7g})" for e in sorted(set(wanted) - set(found)))
     message = (
-        f"experts differ for {count} of {len(actual[0])} tokens, "
-        f"{int((~decision.certain).sum())} others are too close to call\n"
+        f"experts differ for {count} of {len(actual[0])} tokens\n"
         f"  first token {token}: chosen {found}, expected {wanted}\n"
         f"  chosen in error (choice score): {strange}; left out: {missing}"
     )
-    return Failure(message=message, case=case, actual=actual, expected=(decision.chosen,))
+    return Failure(message=message, case=case, actual=actual, expected=expected)
 
 
 def _compare_weights(runner: Runner, case: Case, actual: tuple[torch.Tensor, ...]) -> Comparison:
@@ -233,7 +244,9 @@ def _ties(setting: Setting) -> Iterator[Case]:
     yield _case("four levels of logits", levels, torch.zeros(256))
 
 
-def _lower_index(runner: Runner, case: Case) -> Failure | None:
+def _either_way(runner: Runner, case: Case) -> Failure | None:
+    if runner.setting.facts.ties is Ties.ANY:
+        return _check(runner, case)
     actual = runner(case.inputs)
     form = _form(case, actual)
     if form:
@@ -252,11 +265,7 @@ def _permuted(runner: Runner, case: Case) -> Failure | None:
         f"{case.label}, groups rolled and experts permuted within them",
         {**taken, "logits": taken["logits"][:, order], "bias": taken["bias"][order]},
     )
-    plain, actual = runner(taken), runner(moved.inputs)
-    certain = decide(taken, runner.setting.facts).certain
-    back = order[actual[0].long()].sort(-1).values[certain]
-    wanted = plain[0].long().sort(-1).values[certain]
-    return failed(moved, compare.bits(back, wanted, what="experts, sorted"), actual, plain)
+    return _check(runner, moved)
 
 
 _law = partial(Property, operation=NAME)
@@ -282,10 +291,11 @@ PROPERTIES = (
         check=_check,
     ),
     _law(
-        name="ties-go-to-the-lower-index",
-        law="of equal scores, the group and the expert of lower index is chosen",
+        name="ties-go-one-way",
+        law="of equal scores any group and expert may be chosen, or those of lower index where the "
+        "kernel declares it",
         generate=_ties,
-        check=_lower_index,
+        check=_either_way,
     ),
     _law(
         name="experts-are-exchangeable",

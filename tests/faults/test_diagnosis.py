@@ -4,18 +4,16 @@ import pytest
 
 from nvfp4check.faults import fault, kernel_faults
 from nvfp4check.faults.diagnosis import with_diagnosis
+from nvfp4check.faults.power import REFERENCE_FACTS
 from nvfp4check.faults.variants import correct_variants
 from nvfp4check.ops import OPERATIONS
 from nvfp4check.properties import properties_of
 from nvfp4check.properties.law import Setting, Verdict
-from nvfp4check.tolerance import Facts, Reciprocal
-
-IEEE = Facts(reciprocal=Reciprocal.IEEE)
 
 
 def diagnosis(operation: str, kernel, convention: str | None = None) -> str | None:
     """Return what the first broken law of a kernel is diagnosed as."""
-    setting = Setting(convention=convention, facts=IEEE)
+    setting = Setting(convention=convention, facts=REFERENCE_FACTS)
     for law in properties_of(operation):
         outcome = law.run(kernel, setting)
         if outcome.verdict is Verdict.FAIL:
