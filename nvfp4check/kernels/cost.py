@@ -6,6 +6,14 @@ Contract:
                 element-wise kernels is not counted, memory bounds it
     limit       the larger of bytes / bandwidth and operations / dense matrix rate, from the data
                 sheets. No kernel is faster while its data comes from memory; caches may beat it
+
+The rates are those that NVIDIA prints, which are with sparsity but for the bandwidth, and halved:
+    H100 SXM, H200 SXM   BF16 1,979 TFLOPS; 3.35 and 4.8 TB/s (their Tensor Core GPU data sheets)
+    B200                 FP4 18 PFLOPS, BF16 4.5; 7.7 TB/s (Blackwell data sheet, the table
+                         "Individual Blackwell GPU Specifications", column HGX B200)
+    GB200                FP4 20 PFLOPS, BF16 5; 8 TB/s (the same, column GB200 NVL72)
+    RTX PRO 6000         4000 AI TOPS in FP4; 1792 GB/s (RTX PRO 6000 Blackwell data sheet, which
+                         prints no rate of BF16: a quarter of FP4, as on GB202, is derived)
 """
 
 from collections.abc import Callable, Mapping
