@@ -7,9 +7,9 @@
 
 Which modules give which points is a list of `Tap`s. `TRANSFORMERS` fits transformers'
 DeepseekV3ForCausalLM from 4.56 to 5; `VLLM` fits a model that passes the residual stream in two
-parts, as vLLM and SGLang do: a layer returns (hidden_states, residual), whose sum is the stream,
-and `input_layernorm` returns (normed, residual). `(*VLLM, VLLM_GATE)` takes the scores of its
-router too.
+parts, as vLLM's DeepseekV3ForCausalLM: a layer returns (hidden_states, residual), whose sum is the
+stream, and `input_layernorm` returns (normed, residual). `(*VLLM, VLLM_GATE)` takes the scores of
+its router too.
 
 With `inputs=golden` every decoder layer is given what that run recorded as `hidden` of the layer
 before, in place of what the model computed, so that each is judged on its own; the rest of the
@@ -75,8 +75,13 @@ def sum_of_outputs(point: str) -> Extract:
     """Take the sum of both outputs, where the residual stream travels in two parts."""
 
     def extract(module: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> dict[str, Any]:
-        hidden, residual = output
-        return {point: hidden + residual}
+        parts = output if isinstance(output, (tuple, list)) else (output,)
+        if len(parts) != 2 or getattr(parts[1], "shape", None) != parts[0].shape:
+            raise CheckError(
+                f"{type(module).__name__} returns no (hidden_states, residual) of one shape; give "
+                f"taps that fit where this engine keeps its residual stream, or none for {point}"
+            )
+        return {point: parts[0] + parts[1]}
 
     return extract
 

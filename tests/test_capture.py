@@ -329,3 +329,18 @@ def test_a_gate_that_chooses_nothing_gives_the_scores(form: str) -> None:
 
     assert values["router_scores"].tolist() == [[1.0, 1.0, pytest.approx(-0.5)]]
     assert values["router_scores"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        torch.ones(1, 2),
+        (torch.ones(1, 2), None),
+        # SGLang 0.5.23: the residual stream lies elsewhere, and the second is the experts chosen
+        (torch.ones(1, 2), torch.ones(1, 8, dtype=torch.int32)),
+    ],
+    ids=["one", "none", "experts"],
+)
+def test_a_layer_that_returns_no_residual_is_refused(output: object) -> None:
+    with pytest.raises(CheckError, match=r"Identity returns no \(hidden_states, residual\)"):
+        VLLM[-1].extract(nn.Identity(), (), output)
