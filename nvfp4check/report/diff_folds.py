@@ -200,7 +200,8 @@ def verdict(document: Mapping[str, Any]) -> tuple[str, str]:
 def config_words(diff: Mapping[str, Any]) -> tuple[str, str]:
     """Return where a setting stands, and how it changed."""
     place = f"{diff['file']}: {diff['key']}" if diff["key"] else diff["file"]
-    one, two = ("absent" if diff[side] is None else value_text(diff[side]) for side in ("a", "b"))
+    nothing = "none" if diff["matters"] == "files" or "wrong" in diff["key"] else "absent"
+    one, two = (nothing if diff[side] is None else value_text(diff[side]) for side in ("a", "b"))
     return place, f"{one} -> {two}"
 
 
@@ -210,4 +211,4 @@ def side_words(side: Mapping[str, Any]) -> str:
     about = [side["architecture"] or "unknown architecture"]
     if side["producer"]:
         about.append(side["producer"])
-    return f"{', '.join(about)}; {formats}"
+    return f"{', '.join(about)}; {formats or 'no weight that can be read'}"

@@ -236,14 +236,16 @@ def _form(side: Operand) -> dict[Part, tuple[str, tuple[int, ...]]]:
     }
 
 
-def _shapes_differ(a: Operand, b: Operand) -> str | None:
+def _shapes_differ(a: Operand, b: Operand) -> str:
+    change = f"shape {list(a.shape)} becomes {list(b.shape)}"
     if a.shape == b.shape[::-1]:
-        return "shape of b is a's transposed"
-    if a.shape and b.shape and a.shape[:-1] == b.shape[:-1]:
+        return f"{change}: transposed"
+    both_nvfp4 = a.format is b.format is WeightFormat.NVFP4
+    if both_nvfp4 and a.shape[:-1] == b.shape[:-1]:
         for one, two, name in ((a, b, "b"), (b, a, "a")):
             if two.shape[-1] == 2 * one.shape[-1]:
                 return f"twice the columns in {name}: its codes stand one a byte, not packed"
-    return None
+    return change
 
 
 def _parts_differ(a: Operand, b: Operand) -> str:

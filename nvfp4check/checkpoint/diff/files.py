@@ -1,9 +1,9 @@
 """Files and index compared by what a loader makes of them, however the tensors are sharded.
 
 A checkpoint that is cut into other shards does not differ. What does is a tensor that one index
-leaves out or puts where it is not, a file that no index names, a name in two files and a shard that
-is not there; of note are a total size that is wrong, and the format that headers name: older
-transformers refuse headers without.
+leaves out or puts where it is not, a file that no index names, and a name in two files. Of note are
+a total size that is wrong, and the format that headers name: older transformers refuse headers
+without. Shards that are not there are told as not compared.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,7 +16,7 @@ from nvfp4check.checkpoint.opening import Checkpoint
 _SHOWN = 3
 _HEADERS = "headers of the shards"
 _FORMAT = "format"
-_TOTAL = "total_size"
+_TOTAL = "wrong total_size"
 
 
 def compare_files(a: Checkpoint, b: Checkpoint) -> Iterator[ConfigDiff]:
@@ -38,8 +38,7 @@ def _facts(checkpoint: Checkpoint) -> dict[tuple[str, str], Any]:
         for entry in shard.entries:
             held.setdefault(entry.name, set()).add(name)
     left_out = [name for name in held if name not in placed] if placed else []
-    gone = set(checkpoint.missing_shards)
-    unknown = gone | checkpoint.unreadable.keys()
+    unknown = {*checkpoint.missing_shards, *checkpoint.unreadable}
     misplaced = [
         name
         for name, shard in placed.items()
@@ -52,7 +51,6 @@ def _facts(checkpoint: Checkpoint) -> dict[tuple[str, str], Any]:
         (INDEX_FILE, ""): "absent, beside several shards" if several else None,
         (INDEX_FILE, "tensors left out"): _named(left_out, "tensor"),
         (INDEX_FILE, "tensors that are not where it says"): _named(misplaced, "tensor"),
-        (INDEX_FILE, "shards that are not there"): _named(gone, "shard"),
         (INDEX_FILE, "problems"): "; ".join(index.problems[:_SHOWN]) or None if index else None,
         (INDEX_FILE, _TOTAL): _wrong_total(checkpoint),
         ("shards", "files that no index names"): _named(checkpoint.stray_shards, "file"),

@@ -24,6 +24,7 @@ from nvfp4check.checkpoint.diff.configs import ConfigDiff, compare_configs, in_o
 from nvfp4check.checkpoint.diff.effect import Moments
 from nvfp4check.checkpoint.diff.files import compare_files
 from nvfp4check.checkpoint.diff.moved import name_moved
+from nvfp4check.checkpoint.diff.operands import Operand
 from nvfp4check.checkpoint.diff.pairing import Pair, pair_weights
 from nvfp4check.checkpoint.diff.results import WeightDiff
 from nvfp4check.checkpoint.journal import Journal, default_path, fingerprint
@@ -154,6 +155,8 @@ def diff_checkpoints(
             "of names as 'model.layers.3.*'"
         )
     gaps = [*_unreadable(a), *_unreadable(b)]
+    pairs, lost = _without_lost(a, b, pairs)
+    gaps += lost
     sample = None
     patterns: tuple[str, ...] = ()
     size = 0
@@ -187,6 +190,37 @@ def _unreadable(checkpoint: Checkpoint) -> Iterator[Skipped]:
         yield Skipped(f"{checkpoint.location}: {shard}", why)
     for shard in checkpoint.missing_shards:
         yield Skipped(f"{checkpoint.location}: {shard}", "the index names it, and it is not there")
+
+
+def _without_lost(
+    a: Checkpoint, b: Checkpoint, pairs: list[Pair]
+) -> tuple[list[Pair], list[Skipped]]:
+    """Take out weights that one side has, and the other, or a part of it, in a shard that is lost.
+
+    They are not compared; to say that one side alone has them would be wrong.
+    """
+    kept, lost = [], Counter[tuple[str, str]]()
+    for pair in pairs:
+        gone = [*_gone(pair.a, b), *_gone(pair.b, a)]
+        if gone:
+            lost[gone[0]] += 1
+        else:
+            kept.append(pair)
+    return kept, [
+        Skipped(f"{location}: {count:,} weight{'s' if count > 1 else ''}", f"stored in {shard}")
+        for (location, shard), count in sorted(lost.items())
+    ]
+
+
+def _gone(side: Operand | None, other: Checkpoint) -> Iterator[tuple[str, str]]:
+    """Find tensors of a weight that the other checkpoint has in a shard that cannot be read."""
+    unreadable = {*other.missing_shards, *other.unreadable}
+    if side is None or other.index is None or not unreadable:
+        return
+    for entry in side.weight.entries:
+        shard = other.index.weight_map.get(entry.name)
+        if shard in unreadable and entry.name not in other.tensors:
+            yield other.location, shard
 
 
 def _drawn(pairs: list[Pair], options: DiffOptions) -> tuple[list[Pair], Sample | None]:

@@ -63,7 +63,7 @@ def test_a_wrong_total_size_is_a_note(golden, clone):
 
     found = only_difference(golden, clone)
 
-    assert found.key == "total_size"
+    assert found.key == "wrong total_size"
     assert "though the tensors take" in found.b
     assert not found.fails(FailOn.DIFFERENT, formats_changed=False)
     assert found.fails(FailOn.BYTES, formats_changed=False)
@@ -114,3 +114,20 @@ def test_one_file_without_an_index_is_no_difference(golden, tmp_path):
     save_file(tensors, one / "model.safetensors", {"format": "pt"})
 
     assert differences(golden.fp8, one).config == ()
+
+
+def test_weights_in_a_shard_that_is_not_there_are_not_compared_and_not_said_to_be_gone(
+    golden, tmp_path
+):
+    partial = shutil.copytree(golden.fp8, tmp_path / "partial")
+    (partial / "model-00002-of-000002.safetensors").unlink()
+
+    found = differences(golden.fp8, partial)
+
+    assert set(found.summary) == {"same-form"}
+    assert found.config == ()
+    lost = [
+        gap for gap in found.skipped if gap.why == "stored in model-00002-of-000002.safetensors"
+    ]
+    assert len(lost) == 1
+    assert len(found.weights) + int(lost[0].what.split(": ")[1].split()[0]) == 331
