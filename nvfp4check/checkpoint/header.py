@@ -6,6 +6,7 @@ exactly, without overlap or hole. Any departure is a `HeaderError`.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -50,6 +51,9 @@ DTYPE_BITS = {
     "F6_E2M3": 6,
     "F6_E3M2": 6,
 }
+
+#: Minus zero as a value; in a name it may stand too.
+_NEGATIVE_ZERO = re.compile(rb"[\[,:\s]-0(?![0-9.eE])")
 
 
 class HeaderError(ValueError):
@@ -151,9 +155,20 @@ def _parse(raw: bytes) -> dict[str, object]:
     def no_constant(text: str) -> None:
         raise HeaderError(f"{text} in the header: not JSON")
 
+    def number(text: str) -> int:
+        if text == "-0":  # Rust's reader takes it for a floating-point number, and no size is one
+            raise HeaderError("-0 in the header: not a size")
+        return int(text)
+
+    # A function for each number is slow, and a name may hold anything.
+    parse_int = number if _NEGATIVE_ZERO.search(raw) else None
     try:
-        text = raw.decode("utf-8")
-        document = json.loads(text, object_pairs_hook=object_of, parse_constant=no_constant)
+        document = json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=object_of,
+            parse_constant=no_constant,
+            parse_int=parse_int,
+        )
     except HeaderError:
         raise
     except UnicodeDecodeError as error:

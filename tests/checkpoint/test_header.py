@@ -101,6 +101,7 @@ def framed(text: bytes) -> bytes:
         (b'{"a":' * 100_000, "nested too deeply"),
         (b'{"a": NaN}', "NaN in the header"),
         (b'{"a": {"dtype": "U8", "shape": [-Infinity], "data_offsets": [0, 0]}}', "Infinity"),
+        (b'{"a": {"dtype": "U8", "shape": [0], "data_offsets": [-0, 0]}}', "-0 in the header"),
         (b'{"a": 1}', "a: entry is a int"),
         (b'{"a": []}', "a: entry is a list"),
         (b'{"a": {}}', "a: dtype None"),
@@ -136,6 +137,11 @@ def test_a_field_that_appears_twice_is_refused(tmp_path: Path) -> None:
     text = b'{"x": {"dtype": "U8", "dtype": "I8", "shape": [4], "data_offsets": [0, 4]}}'
     with pytest.raises(HeaderError, match="'dtype' appears twice"):
         read_bytes(tmp_path, framed(text) + bytes(4))
+
+
+def test_a_name_may_hold_what_is_no_size(tmp_path: Path) -> None:
+    text = b'{"x: -0, [-0]": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}'
+    assert [e.name for e in read_bytes(tmp_path, framed(text)).entries] == ["x: -0, [-0]"]
 
 
 @pytest.mark.parametrize("dtype", ["F9", "u8", "", None, 8, ["U8"], {"U8": 1}])
