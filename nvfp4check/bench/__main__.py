@@ -17,6 +17,10 @@ BENCHES: dict[str, tuple[str, str]] = {
         "nvfp4check.bench.audit",
         "the audit against an FP8 base, beside others' dequantisation of the same weights",
     ),
+    "bounds": (
+        "nvfp4check.bench.bounds",
+        "derived bounds over the errors of a correct candidate, by point and dtype",
+    ),
     "bytepass": (
         "nvfp4check.bench.bytepass",
         "the byte pass against the speed at which the same files are merely read",
