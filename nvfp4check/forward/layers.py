@@ -41,8 +41,12 @@ class _Points:
     lengths: Mapping[str, int]
     kept: Activations
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    #: What the router chose by, kept or not.
+    router_scores: torch.Tensor | None = None
 
     def record(self, point: str, value: torch.Tensor) -> None:
+        if point == "router_scores":
+            self.router_scores = value
         wanted = self.kept is Activations.ALL or (
             self.kept is Activations.HIDDEN and point in (HIDDEN, *ROUTER_POINTS)
         )
@@ -131,7 +135,9 @@ class Layers:
         if self.options.perturbation is not None:
             hidden = self._perturbed(hidden, layer, lengths)
             points.record(HIDDEN, hidden)
-        _check_finite(hidden, layer, lengths)
+        _check_finite(hidden, f"layer {layer}: the state after it", lengths)
+        if points.router_scores is not None:  # a choice by NaN looks like any other
+            _check_finite(points.router_scores, f"layer {layer}: the router's scores", lengths)
         return Computed(hidden=hidden, points=points.tensors)
 
     def _perturbed(
@@ -176,8 +182,8 @@ def _both(first: Record, second: Record) -> Record:
     return record
 
 
-def _check_finite(hidden: torch.Tensor, layer: int, lengths: Mapping[str, int]) -> None:
-    bad = ~hidden.isfinite().all(dim=-1)
+def _check_finite(values: torch.Tensor, what: str, lengths: Mapping[str, int]) -> None:
+    bad = ~values.isfinite().all(dim=-1)
     if not bad.any():
         return
     parts = torch.split(bad, list(lengths.values()))
@@ -187,7 +193,6 @@ def _check_finite(hidden: torch.Tensor, layer: int, lengths: Mapping[str, int]) 
         if part.any()
     )
     raise CheckError(
-        f"layer {layer}: the state of {int(bad.sum())} of {len(bad)} tokens is not finite "
-        f"after it, first prompt {prompt!r}, token {token}; `nvfp4check validate` looks for "
-        "the weight"
+        f"{what}: not finite for {int(bad.sum())} of {len(bad)} tokens, first prompt {prompt!r}, "
+        f"token {token}; `nvfp4check validate` looks for the weight"
     )

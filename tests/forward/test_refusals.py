@@ -1,6 +1,7 @@
 """What cannot be computed is refused before the first layer, or reported where it shows."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,7 +34,10 @@ EXPERT = "model.layers.2.mlp.experts.7.up_proj"
         (lambda t, c: c.update(architectures=["LlamaForCausalLM"]), "LlamaForCausalLM"),
         (lambda t, c: c.pop("kv_lora_rank"), "lacks kv_lora_rank"),
         (lambda t, c: c.update(scoring_func="softmax"), "softmax"),
-        (lambda t, c: c.update(hidden_size="256"), "hidden_size '256', expected a whole number"),
+        (
+            lambda t, c: c.update(hidden_size="256"),
+            "hidden_size '256', expected a whole number from 1 on",
+        ),
         (lambda t, c: c.update(num_hidden_layers=10**9), "promises 1,000,000,000 layers"),
         (lambda t, c: c.update(n_group=0), "n_group 0"),
         (lambda t, c: c.update(rope_theta=-1), "rope_theta -1"),
@@ -74,8 +78,52 @@ def test_a_value_that_is_not_finite_is_reported_with_layer_and_token(
 
     checkpoint = edited(poison)
 
-    with pytest.raises(CheckError, match="layer 3: the state of 42 of 42 tokens is not finite"):
+    with pytest.raises(
+        CheckError, match="layer 3: the state after it: not finite for 42 of 42 tokens"
+    ):
         run_forward(checkpoint, prompts, tmp_path / "run")
+
+
+def test_scores_of_the_router_that_are_not_finite_are_not_chosen_by(
+    prompts: list[Prompt], edited: Callable[..., Path], tmp_path: Path
+) -> None:
+    def poison(tensors: dict[str, torch.Tensor], config: dict[str, object]) -> None:
+        tensors["model.layers.2.mlp.gate.e_score_correction_bias"][3] = float("nan")
+
+    with pytest.raises(CheckError, match="layer 2: the router's scores: not finite for 42 of 42"):
+        run_forward(edited(poison), prompts, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.update({f"{EXPERT}.input_scale": torch.zeros(())}), "expected a positive"),
+        (lambda t: t.update({f"{EXPERT}.input_scale": torch.ones(2)}), "2 elements, expected one"),
+        (
+            lambda t: t.update({f"{EXPERT}.weight_scale_2": torch.ones((), dtype=torch.int32)}),
+            "stored as I32; this forward takes",
+        ),
+        (
+            lambda t: t.update({"model.layers.1.self_attn.k_proj.k_scale": torch.tensor(-1.0)}),
+            r"k_scale: -1\.0, expected a positive",
+        ),
+    ],
+    ids=["zero", "two", "integer", "cache"],
+)
+def test_scales_that_mean_nothing_are_refused(
+    edit: Callable[[dict[str, torch.Tensor]], object],
+    message: str,
+    edited: Callable[..., Path],
+    prompts: list[Prompt],
+    tiny: Path,
+    tmp_path: Path,
+) -> None:
+    checkpoint = edited(lambda tensors, config: edit(tensors))
+    shutil.copy(tiny / "nvfp4" / "hf_quant_config.json", checkpoint)
+    many = [Prompt(id="p", tokens=tuple(range(200)))]  # every expert is read
+
+    with pytest.raises(CheckError, match=message):
+        run_forward(checkpoint, many, tmp_path / "run")
 
 
 def test_a_directory_that_cannot_be_written_is_reported(

@@ -230,8 +230,14 @@ def _check_field(field: "Field[Any]", found: Mapping[str, Any]) -> None:
             raise ValueError(f"config.json has {name} {value!r}, expected true or false")
     elif field.type is float:
         _require_number(name, value)
-    elif type(value) is not int or value < (0 if name in _MAY_BE_ZERO else 1):
-        raise ValueError(f"config.json has {name} {value!r}, expected a whole number")
+    elif type(value) is not int or value < _least(name):
+        raise ValueError(
+            f"config.json has {name} {value!r}, expected a whole number from {_least(name)} on"
+        )
+
+
+def _least(name: str) -> int:
+    return 0 if name in _MAY_BE_ZERO else 1
 
 
 _MAY_BE_ZERO = ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers")
