@@ -225,6 +225,7 @@ def _crash(target: str, error: Exception, files: Files) -> Crash:
 
 def _work(jobs: Any, results: Any, mebibytes: int, seconds: float) -> None:
     with tempfile.TemporaryDirectory(prefix="nvfp4check-fuzz-") as name:
+        tempfile.tempdir = name  # a worker ends without the cleaning that the interpreter does
         run_batch("data", 2, 0, Path(name) / "case", 60)  # compile and import before the limit
         sound_home()
         limit_memory(mebibytes)

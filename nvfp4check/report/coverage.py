@@ -10,7 +10,7 @@ def coverage_sentences(document: Mapping[str, Any]) -> Iterator[str]:
     """Say how much was checked, by what, and what a sample may have missed."""
     coverage = document["coverage"]
     what = f"the headers of {plural(coverage['tensors'], 'tensor')}"
-    if coverage.get("level") != "headers":
+    if coverage["bytes_checked"]:
         what += (
             f" and the bytes of {coverage['tensors_checked']:,} of them "
             f"({size_text(coverage['bytes_checked'])} of codes and scales)"

@@ -37,6 +37,11 @@ def test_a_sound_checkpoint_is_a_pass_without_findings(passed: Document) -> None
     )
 
 
+def test_where_no_byte_was_read_none_is_spoken_of(passed: Document) -> None:
+    passed["coverage"] |= {"level": "bytes", "bytes_checked": 0}
+    assert "Checked the headers of 2,000 tensors, by 5 rules, in 12.3 s.\n" in validate_text(passed)
+
+
 @pytest.mark.parametrize("render", RENDERERS)
 def test_what_was_skipped_is_said_with_the_reason(
     render: Callable[[Document], str], incomplete: Document
