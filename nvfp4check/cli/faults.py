@@ -12,12 +12,13 @@ from nvfp4check.cli.options import (
     CheckpointArgument,
     OutputOption,
     PlainFormatOption,
+    line_width,
     prepared_format,
     split_ids,
     write,
 )
 from nvfp4check.findings import CheckError
-from nvfp4check.report.render import render
+from nvfp4check.report.render import Extras, render
 
 app = make_app(group="Faults that were really shipped: list them, or plant one in a copy.")
 
@@ -55,7 +56,8 @@ def list_faults(
     Those of checkpoints are planted by `faults inject`, those of kernels by `kernels power`.
     """
     into = prepared_format(format, output)
-    write(render(_document(split_ids(ids), kind), into), output)
+    document = _document(split_ids(ids), kind)
+    write(render(document, into, Extras(width=line_width(output))), output)
     return ExitCode.HOLDS
 
 
@@ -95,7 +97,7 @@ def inject_fault(
     from nvfp4check.checkpoint.faults.injection import inject
 
     planted = inject(checkpoint, target, fault, tensor=tensor, seed=seed)
-    write(render(planted.to_json(), into), output)
+    write(render(planted.to_json(), into, Extras(width=line_width(output))), output)
     return ExitCode.HOLDS
 
 

@@ -3,6 +3,7 @@
 import errno
 import math
 import os
+import shutil
 import sys
 import tempfile
 from enum import StrEnum
@@ -172,6 +173,14 @@ def wants_color(output: Path | None) -> bool:
     """Tell whether text may be coloured: on a terminal, unless NO_COLOR or TERM=dumb say no."""
     plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
     return output is None and sys.stdout.isatty() and not plain
+
+
+def line_width(output: Path | None) -> int:
+    """Return how wide lines of prose may be: 100, or what a narrower terminal has."""
+    widest = 100
+    if output is not None or not sys.stdout.isatty():
+        return widest
+    return min(widest, shutil.get_terminal_size((widest, 24)).columns)
 
 
 def split_ids(values: list[str] | None) -> tuple[str, ...]:

@@ -10,12 +10,13 @@ from nvfp4check.cli.exit_codes import ExitCode
 from nvfp4check.cli.options import (
     OutputOption,
     PlainFormatOption,
+    line_width,
     prepared_format,
     split_ids,
     write,
 )
 from nvfp4check.findings import CheckError
-from nvfp4check.report.render import render
+from nvfp4check.report.render import Extras, render
 
 if TYPE_CHECKING:
     from nvfp4check.checkpoint.rules.base import Rule
@@ -42,7 +43,7 @@ def rules(
     """List every rule, or explain some: what, why, which public incident, how to repair."""
     into = prepared_format(format, output)
     document = rules_document(split_ids(ids))
-    write(render(document, into), output)
+    write(render(document, into, Extras(width=line_width(output))), output)
     return ExitCode.HOLDS
 
 

@@ -9,7 +9,8 @@ from tabulate import tabulate
 from nvfp4check.report.validate_markdown import markdown, table
 from nvfp4check.report.visible import visible
 
-_WIDTH = 100
+#: Characters that the columns before the last take.
+_COLUMNS_BEFORE = 48
 _CARRIERS = {
     frozenset(("checkpoint",)): "a stored checkpoint",
     frozenset(("kernel",)): "a kernel",
@@ -18,16 +19,18 @@ _CARRIERS = {
 _HEADERS = ["id", "name", "found by", "what is wrong"]
 
 
-def faults_text(document: Mapping[str, Any]) -> str:
+def faults_text(document: Mapping[str, Any], *, width: int = 100) -> str:
     """Return the catalogue as a table, or what was planted."""
     if "planted" in document:
-        return "\n".join(_planted(document)) + "\n"
+        return "\n".join(_planted(document, width)) + "\n"
     faults = document["faults"]
     if document.get("explained"):
-        return "\n\n".join("\n".join(_explain(fault)) for fault in faults) + "\n"
+        return "\n\n".join("\n".join(_explain(fault, width)) for fault in faults) + "\n"
     rows = [_row(fault) for fault in faults]
     kinds = frozenset(fault["kind"] for fault in faults)
-    listing = tabulate(rows, headers=_HEADERS, maxcolwidths=[None, None, 16, 52])
+    listing = tabulate(
+        rows, headers=_HEADERS, maxcolwidths=[None, None, 16, max(20, width - _COLUMNS_BEFORE)]
+    )
     return (
         f"{listing}\n\n{len(faults)} faults that {_CARRIERS[kinds]} can carry.\n"
         f"One explained: nvfp4check faults list {faults[0]['id']}\n"
@@ -57,12 +60,12 @@ def finders(fault: Mapping[str, Any]) -> str:
     return "no rule"
 
 
-def _explain(fault: Mapping[str, Any]) -> Iterator[str]:
+def _explain(fault: Mapping[str, Any], width: int) -> Iterator[str]:
     yield f"{fault['id']} {fault['name']}"
     yield ""
     lines = [fault["does"], *([f"{fault['remark']}."] if fault["remark"] else [])]
     for line in lines:
-        yield textwrap.fill(line, _WIDTH, initial_indent="  ", subsequent_indent="  ")
+        yield textwrap.fill(line, width, initial_indent="  ", subsequent_indent="  ")
     yield ""
     if fault["kind"] == "kernel":
         yield f"  Found by {finders(fault)}"
@@ -76,10 +79,10 @@ def _explain(fault: Mapping[str, Any]) -> Iterator[str]:
         yield from (f"    {url}" for url in fault["threads"])
 
 
-def _planted(document: Mapping[str, Any]) -> Iterator[str]:
+def _planted(document: Mapping[str, Any], width: int) -> Iterator[str]:
     planted, (fault,) = document["planted"], document["faults"]
     yield f"Planted {fault['id']} {fault['name']} in {visible(planted['target'])}"
-    yield textwrap.fill(fault["does"], _WIDTH, initial_indent="  ", subsequent_indent="  ")
+    yield textwrap.fill(fault["does"], width, initial_indent="  ", subsequent_indent="  ")
     yield ""
     changes = planted["changes"]
     rows = [[visible(c["tensor"] or c["file"]), c["what"], _bytes(c)] for c in changes[:20]]

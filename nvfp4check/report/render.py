@@ -23,7 +23,7 @@ class Extras:
 
     `rules` are the explained rules by id; `weights` gives the format of each logical weight by
     name; `histograms` show what they hold. `fail_on` is the severity from which a finding fails
-    the run.
+    the run. `width` is that of the lines that prose is filled into.
     """
 
     color: bool = False
@@ -31,6 +31,7 @@ class Extras:
     weights: Mapping[str, str] = field(default_factory=dict)
     histograms: Sequence[Plot] = ()
     fail_on: str = "error"
+    width: int = 100
 
 
 Renderer = Callable[[Document, Extras], str]
@@ -84,6 +85,18 @@ def _of(path: str, *arguments: str) -> Renderer:
         return function(document, *arguments)
 
     return write
+
+
+def _rules_text(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.rules_text import rules_text
+
+    return rules_text(document, width=extras.width)
+
+
+def _faults_text(document: Document, extras: Extras) -> str:
+    from nvfp4check.report.faults_text import faults_text
+
+    return faults_text(document, width=extras.width)
 
 
 def _validate_text(document: Document, extras: Extras) -> str:
@@ -235,13 +248,13 @@ _RENDERERS: dict[tuple[str, Format], Renderer] = {
     ("power", Format.TEXT): _of("power_text:power_text"),
     ("power", Format.MARKDOWN): _of("power_text:power_markdown"),
     ("power", Format.HTML): _power_html,
-    ("rules", Format.TEXT): _of("rules_text:rules_text"),
+    ("rules", Format.TEXT): _rules_text,
     ("rules", Format.MARKDOWN): _of("rules_text:rules_markdown"),
     ("rules", Format.HTML): _rules_html,
     ("diff", Format.TEXT): _diff_text,
     ("diff", Format.MARKDOWN): _of("diff_text:diff_markdown"),
     ("diff", Format.HTML): _of("diff_html:diff_html"),
-    ("faults", Format.TEXT): _of("faults_text:faults_text"),
+    ("faults", Format.TEXT): _faults_text,
     ("faults", Format.MARKDOWN): _of("faults_text:faults_markdown"),
     ("faults", Format.HTML): _faults_html,
     ("bench", Format.TEXT): _of("bench_text:bench_text"),

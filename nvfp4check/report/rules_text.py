@@ -8,22 +8,26 @@ from tabulate import tabulate
 
 from nvfp4check.report.validate_markdown import markdown, table
 
-_WIDTH = 100
+#: Characters that the columns before the last take.
+_COLUMNS_BEFORE = 46
 
 
-def rules_text(document: Mapping[str, Any]) -> str:
+def rules_text(document: Mapping[str, Any], *, width: int = 100) -> str:
     """Return a table of the rules, or each rule explained where some were asked for."""
     rules = document["rules"]
     if document["explained"]:
-        return "\n\n".join("\n".join(_explain(rule)) for rule in rules) + "\n"
+        return "\n\n".join("\n".join(_explain(rule, width)) for rule in rules) + "\n"
     rows = [[rule["id"], rule["name"], rule["severity"], rule["fires_when"]] for rule in rules]
+    last = max(20, width - _COLUMNS_BEFORE)
     listing = tabulate(
-        rows, headers=["id", "name", "severity", "fires when"], maxcolwidths=[None, None, None, 60]
+        rows,
+        headers=["id", "name", "severity", "fires when"],
+        maxcolwidths=[None, None, None, last],
     )
     return f"{listing}\n\nOne rule explained: nvfp4check rules {rules[0]['id']}\n"
 
 
-def _explain(rule: Mapping[str, Any]) -> Iterator[str]:
+def _explain(rule: Mapping[str, Any], width: int) -> Iterator[str]:
     yield f"{rule['id']} {rule['name']} ({rule['severity']}, --level {rule['level']})"
     for label, text in (
         ("Fires when", rule["fires_when"]),
@@ -33,7 +37,7 @@ def _explain(rule: Mapping[str, Any]) -> Iterator[str]:
         yield ""
         yield textwrap.fill(
             f"{label}: {text}",
-            _WIDTH,
+            width,
             initial_indent="  ",
             subsequent_indent="  ",
             break_long_words=False,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nvfp4check.cli.options import prepared_format, split_ids, wants_color, write
+from nvfp4check.cli.options import line_width, prepared_format, split_ids, wants_color, write
 from nvfp4check.findings import CheckError
 from nvfp4check.report.formats import Format
 
@@ -137,6 +137,27 @@ def test_the_format_is_the_one_asked_for_else_the_suffix(
 def test_ids_may_be_repeated_or_joined_by_commas() -> None:
     assert split_ids(["nv2, NV602", "NV1"]) == ("NV2", "NV602", "NV1")
     assert split_ids(None) == ()
+
+
+@pytest.mark.parametrize(
+    ("columns", "terminal", "output", "expected"),
+    [
+        ("60", True, None, 60),
+        ("200", True, None, 100),
+        ("60", False, None, 100),
+        ("60", True, Path("file"), 100),
+    ],
+)
+def test_prose_is_as_wide_as_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch,
+    columns: str,
+    terminal: bool,
+    output: Path | None,
+    expected: int,
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    assert line_width(output) == expected
 
 
 @pytest.mark.parametrize(

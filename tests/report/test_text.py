@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 
 from nvfp4check.report.fold import fold, kind_of, place, size_text
+from nvfp4check.report.formats import Format
+from nvfp4check.report.render import Extras, render
 from nvfp4check.report.validate_markdown import markdown, validate_markdown
 from nvfp4check.report.validate_text import validate_text
 from nvfp4check.report.visible import value_text, visible
@@ -187,3 +189,11 @@ def test_a_kind_has_no_numbers_of_layers_and_experts(tensor: str | None, kind: s
 )
 def test_sizes_are_in_decimal_units(count: int, text: str) -> None:
     assert size_text(count) == text
+
+
+@pytest.mark.parametrize("width", [60, 100])
+def test_prose_keeps_to_the_width_it_is_given(rules: dict[str, dict[str, Any]], width: int) -> None:
+    rule = rules["NV101"] | {"why": "word " * 60}
+    document = {"schema": "nvfp4check/rules/1", "explained": True, "rules": [rule]}
+    lines = render(document, Format.TEXT, Extras(width=width)).splitlines()
+    assert width - 5 <= max(map(len, lines)) <= width
