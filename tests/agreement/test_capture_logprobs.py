@@ -217,6 +217,19 @@ def test_answers_to_other_requests_are_not_taken_for_these(server: Replay, tmp_p
         capture(server, tmp_path / "served", resume=True, top=10)
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b'{"requests": "5', b"\xff"], ids=["empty", "cut", "bytes"]
+)
+def test_kept_answers_that_are_damaged_are_named(
+    server: Replay, tmp_path: Path, content: bytes
+) -> None:
+    capture(server, tmp_path / "served")
+    (tmp_path / "served" / "answers" / "00002.json").write_bytes(content)
+
+    with pytest.raises(CheckError, match=r"00002\.json: cannot be read: .*delete it to ask again"):
+        capture(server, tmp_path / "served", resume=True)
+
+
 def test_a_refusal_is_not_repeated(server: Replay, tmp_path: Path) -> None:
     with pytest.raises(CheckError, match="HTTP 400: no such exchange"):
         capture(server, tmp_path / "served", top=999)
