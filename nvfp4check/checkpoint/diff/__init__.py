@@ -13,7 +13,7 @@ nvfp4_pair    the comparison of two NVFP4 weights
 values_pair   the comparison of any two weights, by values
 compare       the class of one pair
 through_fp8   other roundings on the way to one side, and whether they explain a pair
-diagnosis     faults recognised in one pair: scalars first, then codes, scales, values
+diagnosis     faults and conventions recognised in one pair: scalars, codes, scales, values
 moved         weights that are another's: experts permuted, halves swapped, layers shifted
 configs       configurations, by what they mean to an engine
 files         files and index, by what a loader makes of them

@@ -5,7 +5,12 @@ weight, never of a sample alone. Where nothing is recognised, nothing is said.
 """
 
 from nvfp4check.checkpoint.diff.diagnosis_codes import name_codes, name_zero_blocks
-from nvfp4check.checkpoint.diff.diagnosis_scales import name_global_scale, name_scales
+from nvfp4check.checkpoint.diff.diagnosis_conventions import name_choice_of_scales
+from nvfp4check.checkpoint.diff.diagnosis_scales import (
+    name_global_scale,
+    name_made_up,
+    name_scales,
+)
 from nvfp4check.checkpoint.diff.diagnosis_values import name_across, name_values
 from nvfp4check.checkpoint.diff.measured import Measured
 from nvfp4check.checkpoint.diff.operands import Stored
@@ -28,5 +33,7 @@ def diagnose(a: Stored, b: Stored, found: Measured) -> str | None:
     if found.changed_scales:
         said.append(name_scales(a, b, found))
     if found.changed_scales and not any(said):
-        said.append(name_zero_blocks(a, b, found))
+        said += [name_zero_blocks(a, b, found), name_choice_of_scales(a, b, found)]
+    if not any(said):
+        said.append(name_made_up(a, b, found))
     return "; ".join(text for text in said if text) or None

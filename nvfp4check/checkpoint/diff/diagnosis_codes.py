@@ -7,6 +7,7 @@ Contract:
             near it: conventions and rounding modes differ so, and only so
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable
 
@@ -17,7 +18,7 @@ from nvfp4check.checkpoint.audit.sources import row_pieces
 from nvfp4check.checkpoint.diff.measured import Array, Measured
 from nvfp4check.checkpoint.diff.operands import Stored
 from nvfp4check.checkpoint.naming import Part
-from nvfp4ref import nvfp4
+from nvfp4ref import nvfp4, ties
 from nvfp4ref.conventions import Convention
 from nvfp4ref.formats import BLOCK_SIZE
 
@@ -124,16 +125,34 @@ def _rounding(a: Stored, b: Stored) -> str | None:
         kinds["even"] += int((neighbours & (left & 1 == 0)).sum())
         if kinds["smaller"] + kinds["larger"] + kinds["zero"] != kinds["all"]:
             return None  # a code is more than one step away: that is no rounding
-    return _named(kinds)
+    return _named(kinds, a.operand.elements)
 
 
-def _named(kinds: Counter[str]) -> str | None:
+def _near_ties(elements: int) -> float:
+    """Bound the codes that float32 roundings change, of originals spread evenly over their cells.
+
+    Two conventions choose otherwise only within both their errors of a midpoint. That is the
+    largest share of a cell at 5, beside the cell of 4 from 3.5 to 5. Of a Poisson number four
+    deviations more are granted, and one.
+    """
+    error = 2 * max(ties.element_error(convention) for convention in _PRODUCERS)
+    expected = elements * 2 * error * 5.0 / 1.5
+    return expected + 4 * math.sqrt(expected) + 1
+
+
+def _named(kinds: Counter[str], elements: int) -> str | None:
     count, signs = kinds["all"], kinds["zero"]
     if signs == count:
         return f"{count:,} codes differ in the sign of zero alone: another convention"
     steps = kinds["smaller"] + kinds["larger"]
     if steps + signs != count:
         return None
+    limit = int(_near_ties(elements))
+    if steps <= limit:
+        return (
+            f"{steps:,} of {elements:,} codes differ by one step; up to {limit:,} do by float32 "
+            "roundings beside a tie, dividing against multiplying by a reciprocal"
+        )
     if kinds["larger"] == 0 or kinds["smaller"] == 0:
         side = "b" if kinds["larger"] == 0 else "a"
         way = "rounds ties toward zero, or truncates"
@@ -144,7 +163,10 @@ def _named(kinds: Counter[str]) -> str | None:
         return f"{steps:,} codes differ by one step, a's even: ties are rounded otherwise in b"
     if kinds["even"] == 0:
         return f"{steps:,} codes differ by one step, b's even: ties are rounded otherwise in a"
-    return f"{steps:,} codes differ by one step under equal scales: ties or another arithmetic"
+    return (
+        f"{steps:,} codes differ by one step under equal scales, more than the {limit:,} of "
+        "float32 roundings: ties, or another arithmetic"
+    )
 
 
 def name_zero_blocks(a: Stored, b: Stored, found: Measured) -> str | None:

@@ -69,12 +69,21 @@ def name_global_scale(a: Stored, b: Stored, found: Measured) -> str | None:
             if _close(value, factor):
                 way = "times" if value == ratio else "over"
                 return f"{same}global scale of b is a's {way} {meaning}"
-        if 1 < nearest < 1 << 16 and _close(value, nearest):
+        made_up = found.changed_scales and not found.beyond
+        if 1 < nearest < 1 << 16 and _close(value, nearest) and not made_up:
             way = "times" if value == ratio else "over"
             return f"{same}global scale of b is a's {way} {nearest}: a constant factor"
     if not same:
         return None
     return f"{same}global scale of b is a's times {ratio:.6g}: a constant factor"
+
+
+def name_made_up(a: Stored, b: Stored, found: Measured) -> str | None:
+    """Say of another global scale that block scales make up for it: no element is beyond."""
+    one, two = (side.decode_scale(Part.GLOBAL_SCALE) for side in (a, b))
+    if not one or not two or one == two or found.beyond or not found.changed_scales:
+        return None
+    return f"global scale of b is a's times {two / one:.6g}, made up for by the block scales"
 
 
 def systematic_factor(a: Stored, b: Stored) -> float | None:
