@@ -1,82 +1,95 @@
-"""The `vllm-reference` convention and the 128x4 layout against vLLM's emulation of NVFP4.
+"""vLLM's own DeepseekV3, layer by layer on the golden's states, where vLLM is installed.
 
-engine, engine-vllm   the arithmetic of vLLM's kernel; its emulation is `vllm-reference`, and
-                      differs from them in -0.0, NaN and blocks whose scale is lost
+It runs in a process of its own, as in the CI of an engine, and writes a run by hooks; recorded runs
+of vLLM 0.32.0 are held to the same bounds wherever the tests run.
 """
 
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
-import torch
 
-from nvfp4check import inputs
-from nvfp4ref import e2m1, layout, nvfp4, packing
-from nvfp4ref.conventions import Convention
+from nvfp4check.activations import Run
+from nvfp4check.agreement.agree import agree
+from nvfp4check.agreement.assertion import assert_agrees
+from nvfp4check.forward.options import Activations, ForwardOptions, KvCache
+from nvfp4check.forward.streaming import run_forward
+from nvfp4check.tokens import Prompt
 
-emulation = pytest.importorskip(
-    "vllm.model_executor.layers.quantization.utils.nvfp4_emulation_utils"
-)
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed", allow_module_level=True)
 
-#: Global scales: powers of two meet the boundaries exactly, others as near as the dtype comes.
-SCALES = (1.0, 2.0**-12, 0.7123456, 3.3e-5)
+GOLDENS = Path(__file__).parents[2] / "goldens"
+MODEL = GOLDENS / "tiny-deepseek-v3" / "bf16"
+
+#: What an engine's CI would run; FAULT is done to the model before.
+CAPTURE = """
+import sys
+from vllm import LLM, SamplingParams
+from nvfp4check.activations import Run
+from nvfp4check.capture import VLLM, VLLM_GATE, capture
+
+model, golden, out, fault = sys.argv[1], Run.open(sys.argv[2]), sys.argv[3], sys.argv[4]
+llm = LLM(model, dtype="bfloat16", enforce_eager=True, enable_prefix_caching=False,
+          max_model_len=512)
+(module,) = llm.apply_model(lambda module: module)
+exec(fault, {"layers": module.model.layers})
+one = SamplingParams(max_tokens=1, temperature=0)
+with capture(module, out, (*VLLM, VLLM_GATE), inputs=golden, engine="vllm") as session:
+    for name in golden.prompts:
+        tokens = golden.tokens(name).tolist()
+        with session.prompt(name, tokens):
+            llm.generate({"prompt_token_ids": tokens}, one, use_tqdm=False)
+"""
+NO_BIAS = "layers[3].mlp.gate.e_score_correction_bias.data.zero_()"
 
 
-def tables(dtype: torch.dtype, scale: float) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    plain = [
-        inputs.element_boundaries(dtype),
-        inputs.scale_boundaries(dtype),
-        inputs.small_blocks(dtype),
-        *(family(generator, 64, 256).to(dtype) for family in inputs.FAMILIES.values()),
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reference with its bounds, on a prompt of 40 tokens and one of 5."""
+    prompts = [
+        Prompt(id="long", tokens=tuple((7 * i * i + 3 * i) % 1024 for i in range(40))),
+        Prompt(id="short", tokens=(3, 1, 4, 1, 5)),
     ]
-    return [(table.double() * scale).to(dtype) for table in plain]
+    options = ForwardOptions(
+        activations=Activations.ALL, kv_cache=KvCache.NONE, bounds=("bfloat16",)
+    )
+    out = tmp_path_factory.mktemp("golden") / "run"
+    return run_forward(MODEL, prompts, out, options).run.path
 
 
-def theirs(x: torch.Tensor, decode: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    values, scales = emulation.ref_nvfp4_quant(x, 1.0 / decode, 16)
-    return values, scales.to(torch.float8_e4m3fn)
+def captured(golden: Path, out: Path, fault: str = "") -> Path:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the model lives in that process
+        "VLLM_MLA_DISABLE": "1",  # no CPU kernels for it
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    call = [sys.executable, "-c", CAPTURE, str(MODEL), str(golden), str(out), fault]
+    ran = subprocess.run(call, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return out
 
 
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("dtype", inputs.INPUT_DTYPES)
-def test_quantise_is_that_of_vllms_emulation(dtype: torch.dtype, scale: float) -> None:
-    decode = torch.tensor(scale)
-    for x in [*tables(dtype, scale), inputs.zero_blocks(dtype)]:
-        packed, scales = nvfp4.quantize(x, decode, Convention.VLLM_REFERENCE)
-        their_values, their_scales = theirs(x, decode)
-        values = e2m1.decode(packing.unpack(packed))
+def test_vllm_is_within_the_bound_at_every_layer(golden: Path, tmp_path: Path) -> None:
+    run = captured(golden, tmp_path / "run")
 
-        assert torch.equal(scales.view(torch.uint8), their_scales.view(torch.uint8))
-        assert torch.equal(values, their_values)
+    result = assert_agrees(run, golden, allow_skips=True)
+
+    assert [c.what for c in result.criteria] == ["layers within their derived bounds"]
+    assert len(result.layers) == 29
 
 
-@pytest.mark.parametrize("convention", [Convention.ENGINE, Convention.ENGINE_VLLM])
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("dtype", inputs.INPUT_DTYPES)
-def test_engines_agree_with_it_wherever_a_block_keeps_its_scale(
-    dtype: torch.dtype, scale: float, convention: Convention
-) -> None:
-    decode = torch.tensor(scale)
-    for x in tables(dtype, scale):
-        packed, scales = nvfp4.quantize(x, decode, convention)
-        their_values, their_scales = theirs(x, decode)
-        kept = (scales.float() > 0).repeat_interleave(16, dim=1)
-        values = e2m1.decode(packing.unpack(packed))
+def test_a_router_bias_dropped_in_vllm_is_named(golden: Path, tmp_path: Path) -> None:
+    run = captured(golden, tmp_path / "run", NO_BIAS)
 
-        assert torch.equal(scales.view(torch.uint8), their_scales.view(torch.uint8))
-        assert torch.equal(values[kept], their_values[kept])
+    divergence = agree(Run.open(golden), Run.open(run)).divergence
 
-
-@pytest.mark.parametrize("dtype", inputs.OUTPUT_DTYPES)
-def test_dequantise_is_that_of_vllm(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(1)
-    codes, scales = inputs.random_codes(generator, 64, 128), inputs.random_scales(generator, 64, 16)
-    for scale in SCALES:
-        decode = torch.tensor(scale)
-        ours = nvfp4.dequantize(codes, scales, decode, dtype)
-
-        assert torch.equal(
-            ours, emulation.dequantize_to_dtype(codes, scales, decode, dtype, swizzle=False)
-        )
-        swizzled = layout.swizzle(scales.view(torch.uint8)).view(torch.float8_e4m3fn)
-        assert torch.equal(
-            ours, emulation.dequantize_to_dtype(codes, swizzled, decode, dtype, swizzle=True)
-        )
+    assert divergence is not None
+    assert (divergence.layer, divergence.point) == (3, "router_scores")
