@@ -22,6 +22,8 @@ _MOST_LARGEST = 40
 #: A hostile name must not make an endless page.
 _MOST_LAYERS = 512
 _MOST_KINDS = 60
+#: Errors that a full bar may stand for.
+_FULL = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _TONES = {
     "different": "error",
     "shape-changed": "error",
@@ -58,7 +60,7 @@ def diff_html(document: Mapping[str, Any]) -> str:
     word, said = verdict(document)
     tones = {"DIFFERENT": "fail", "INCOMPLETE": "incomplete"}
     folds = fold_weights(document["weights"])
-    layers, profiles = profiles_of(document["weights"])
+    layers, full, profiles = profiles_of(document["weights"])
     return render_page(
         "diff.html.j2",
         document=document,
@@ -72,12 +74,13 @@ def diff_html(document: Mapping[str, Any]) -> str:
         top=largest(document["weights"], _MOST_LARGEST),
         tones=_TONES,
         layers=layers,
+        full=f"{100 * full:g} %",
         profiles=profiles,
     )
 
 
-def profiles_of(weights: list[WeightRecord]) -> tuple[int, list[Profile]]:
-    """Return the number of layers, and the profile of every kind that differs in some layer."""
+def profiles_of(weights: list[WeightRecord]) -> tuple[int, float, list[Profile]]:
+    """Return the number of layers, the error of a full bar, and every kind that differs in one."""
     cells: dict[str, dict[int, WeightRecord]] = {}
     for weight in weights:
         layer, kind = placed(weight["name"])
@@ -88,24 +91,26 @@ def profiles_of(weights: list[WeightRecord]) -> tuple[int, list[Profile]]:
         if known is None or _height(weight) > _height(known):
             row[layer] = weight
     layers = 1 + max((layer for row in cells.values() for layer in row), default=-1)
+    worst = max((_height(weight) for row in cells.values() for weight in row.values()), default=0)
+    full = next((mark for mark in _FULL if worst <= mark), 1.0)
     profiles = [
-        Profile(kind, tuple(_bars(row)), max(map(_height, row.values())))
+        Profile(kind, tuple(_bars(row, full)), max(map(_height, row.values())))
         for kind, row in cells.items()
         if any(weight["class"] not in COUNTED for weight in row.values())
     ]
     profiles.sort(key=lambda profile: (-profile.worst, profile.kind))
-    return layers, profiles[:_MOST_KINDS]
+    return layers, full, profiles[:_MOST_KINDS]
 
 
 def _height(weight: WeightRecord) -> float:
-    """Relative error up to 1, in per cent; whole where there is nothing to compare."""
+    """Relative error up to 1; 1 where there is nothing to compare."""
     error = weight["relative_error"]
     if error is None:
-        return 0.0 if weight["class"] in COUNTED else 100.0
-    return float(min(1.0, error) * 100)
+        return 0.0 if weight["class"] in COUNTED else 1.0
+    return float(min(1.0, error))
 
 
-def _bars(row: Mapping[int, WeightRecord]) -> Iterator[Bar]:
+def _bars(row: Mapping[int, WeightRecord], full: float) -> Iterator[Bar]:
     for layer, weight in sorted(row.items()):
         if weight["class"] in COUNTED:
             continue
@@ -115,4 +120,4 @@ def _bars(row: Mapping[int, WeightRecord]) -> Iterator[Bar]:
         if weight["diagnosis"]:
             title += f", {weight['diagnosis']}"
         tone = "error" if weight["bound_holds"] is False else _TONES.get(weight["class"], "other")
-        yield Bar(layer, max(4.0, _height(weight)), tone, title)
+        yield Bar(layer, max(4.0, 100 * _height(weight) / full), tone, title)

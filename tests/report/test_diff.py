@@ -165,17 +165,18 @@ def test_a_hostile_name_is_shown_and_not_obeyed():
 
 
 def test_the_profile_shows_the_worst_of_each_kind_in_each_layer():
-    layers, profiles = profiles_of(whole_model())
+    layers, full, profiles = profiles_of(whole_model())
 
     assert layers == 61
+    assert full == 0.2  # the largest error is 10.2 %
     assert [profile.kind for profile in profiles] == [
         f"mlp.experts.*.{leaf}" for leaf in ("down_proj", "gate_proj", "up_proj")
     ]
     bars = profiles[0].bars
     assert [bar.layer for bar in bars] == [*range(3, 61)]
-    assert all(bar.height == pytest.approx(10.2) and bar.tone == "error" for bar in bars)
+    assert all(bar.height == pytest.approx(51) and bar.tone == "error" for bar in bars)
 
 
 def test_identical_checkpoints_have_no_profile():
-    assert profiles_of([weight("model.layers.1.mlp.up_proj.weight")])[1] == []
+    assert profiles_of([weight("model.layers.1.mlp.up_proj.weight")])[2] == []
     assert "Through the layers" not in diff_html(document([weight("model.layers.1.a.weight")]))

@@ -4,7 +4,8 @@ Fused linears are taken apart by rows: `gate_up_proj` holds gate_proj and then u
 `experts.gate_up_proj` [E, 2 I, H] or `experts.down_proj` [E, H, I] holds those of every expert.
 """
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -41,7 +42,7 @@ def pair_weights(
 ) -> list[Pair]:
     """Pair the weights of two checkpoints, sorted by name; `only` chooses names by a glob."""
     left, right = _split_for(a, b), _split_for(b, a)
-    shift = _prefix(left, right)
+    shift = other_prefix(a, b)
     right = {_renamed(name, shift): side for name, side in right.items()}
     names = sorted({*left, *right})
     return [
@@ -87,15 +88,28 @@ def _members(weight: LogicalWeight) -> Iterator[tuple[str, Operand]]:
             yield f"{parent}.{member}.weight", Operand(weight, place * half, half)
 
 
-def _prefix(left: Mapping[str, Operand], right: Mapping[str, Operand]) -> tuple[str, str]:
-    """Find the prefix of b that stands for one of a, where no name is shared without."""
-    if left.keys() & right.keys():
+def other_prefix(a: Mapping[str, object], b: Mapping[str, object]) -> tuple[str, str]:
+    """Find the prefix of b's names that stands for one of a's; two empty ones where none does.
+
+    It must make more than twice as many names shared as are without it.
+    """
+    shared = len(a.keys() & b.keys())
+    if 2 * shared >= min(len(a), len(b)):
         return "", ""
-    for prefix in _PREFIXES:
-        for old, new in ((prefix, ""), ("", prefix), ("model." + prefix, "model.")):
-            if any(_renamed(name, (old, new)) in left for name in right if name.startswith(old)):
-                return old, new
-    return "", ""
+    known = {_before_layers(names) for names in (a, b)}
+    tried = [(prefix, "") for prefix in _PREFIXES] + [("", prefix) for prefix in _PREFIXES]
+    tried += [("model." + prefix, "model.") for prefix in _PREFIXES]
+    if len(known) == 2:
+        tried.append((_before_layers(b), _before_layers(a)))
+    best = max(tried, key=lambda shift: sum(_renamed(name, shift) in a for name in b))
+    found = sum(_renamed(name, best) in a for name in b)
+    return best if found > 2 * shared else ("", "")
+
+
+def _before_layers(names: Iterable[str]) -> str:
+    """Give what most names of layers have before them."""
+    before = Counter(name.partition("layers.")[0] for name in names if "layers." in name)
+    return before.most_common(1)[0][0] if before else ""
 
 
 def _renamed(name: str, shift: tuple[str, str]) -> str:

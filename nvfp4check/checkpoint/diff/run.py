@@ -25,7 +25,7 @@ from nvfp4check.checkpoint.diff.effect import Moments
 from nvfp4check.checkpoint.diff.files import compare_files
 from nvfp4check.checkpoint.diff.moved import name_moved
 from nvfp4check.checkpoint.diff.operands import Operand
-from nvfp4check.checkpoint.diff.pairing import Pair, pair_weights
+from nvfp4check.checkpoint.diff.pairing import Pair, other_prefix, pair_weights
 from nvfp4check.checkpoint.diff.results import WeightDiff
 from nvfp4check.checkpoint.journal import Journal, default_path, fingerprint
 from nvfp4check.checkpoint.opening import Checkpoint
@@ -171,6 +171,11 @@ def diff_checkpoints(
             found, patterns = name_moved(a, b, found)
         except StorageError as error:
             raise CheckError(f"bytes cannot be read: {error}") from error
+    shift = other_prefix(a.weights, b.weights)
+    if shift != ("", ""):
+        said = [f"begin with {prefix!r}" if prefix else "have no prefix" for prefix in shift]
+        patterns = (f"names of b {said[0]} where a's {said[1]}; a's are used here", *patterns)
+    found = [_tied(diff, a, b) for diff in found]
     return DiffResult(
         a=_summary(a),
         b=_summary(b),
@@ -190,6 +195,17 @@ def _unreadable(checkpoint: Checkpoint) -> Iterator[Skipped]:
         yield Skipped(f"{checkpoint.location}: {shard}", why)
     for shard in checkpoint.missing_shards:
         yield Skipped(f"{checkpoint.location}: {shard}", "the index names it, and it is not there")
+
+
+def _tied(diff: WeightDiff, a: Checkpoint, b: Checkpoint) -> WeightDiff:
+    """Say of a head that one side lacks if its embeddings stand for it."""
+    sides = {WeightClass.ONLY_IN_A: ("b", b), WeightClass.ONLY_IN_B: ("a", a)}
+    if diff.cls not in sides or not diff.name.endswith("lm_head.weight"):
+        return diff
+    name, lacking = sides[diff.cls]
+    if (lacking.config or {}).get("tie_word_embeddings") is not True:
+        return diff
+    return replace(diff, diagnosis=f"{name} takes its embeddings for it: tie_word_embeddings")
 
 
 def _without_lost(

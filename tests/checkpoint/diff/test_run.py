@@ -277,3 +277,36 @@ def test_a_truncated_shard_is_not_compared_and_said_so(golden, tmp_path):
 def test_an_unknown_device_is_refused():
     with pytest.raises(CheckError, match="leave --device out"):
         DiffOptions(device="cuda")
+
+
+@pytest.mark.parametrize(("old", "new"), [("model.", "transformer."), ("", "language_model.")])
+def test_names_under_another_prefix_are_paired_and_said_so(golden, tmp_path, old, new):
+    target = tmp_path / "renamed"
+    target.mkdir()
+    tensors = {}
+    for shard in sorted(golden.bf16.glob("*.safetensors")):
+        tensors |= load_file(shard)
+    tensors = {
+        new + name.removeprefix(old) if name.startswith(old) else name: tensor
+        for name, tensor in tensors.items()
+    }
+    save_file(tensors, target / "model.safetensors")
+    shutil.copy(golden.bf16 / "config.json", target)
+
+    there, back = compare(golden.bf16, target), compare(target, golden.bf16)
+
+    assert set(there.summary) == set(back.summary) == {"identical"}
+    assert f"names of b begin with '{new}'" in there.patterns[0]
+    assert f"a's begin with '{new}'" in back.patterns[0]
+
+
+def test_a_head_that_the_embeddings_stand_for_is_explained(golden, tmp_path):
+    clone = copy_checkpoint(golden.bf16, tmp_path / "tied")
+    clone.drop("lm_head.weight")
+    with clone.edit_json("config.json") as config:
+        config["tie_word_embeddings"] = True
+
+    (found,) = [d for d in compare(golden.bf16, clone).weights if d.cls.value != "identical"]
+
+    assert found.cls is WeightClass.ONLY_IN_A
+    assert found.diagnosis == "b takes its embeddings for it: tie_word_embeddings"
