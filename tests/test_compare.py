@@ -169,3 +169,11 @@ def test_the_output_is_rounded_once_and_that_is_not_allowed_twice() -> None:
 
     assert compare.within(right, allowed).holds
     assert compare.within(next_, allowed).count == 2
+
+
+def test_a_number_where_nan_is_due_is_a_mismatch_and_nan_is_not() -> None:
+    allowed = tolerance([math.nan, 1.0], 0.5)
+
+    assert compare.within(torch.tensor([math.nan, 1.0]), allowed).holds
+    assert compare.within(torch.tensor([0.0, 1.0]), allowed).count == 1
+    assert compare.within(torch.tensor([math.nan, math.nan]), allowed).count == 1
