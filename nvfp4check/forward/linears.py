@@ -117,10 +117,11 @@ class StreamedLinear:
             power_of_two = self._settings.power_of_two_scales
             return Input(InputForm.FP8_POWER_OF_TWO if power_of_two else InputForm.FP8)
         if stored and format is WeightFormat.FP8:
-            raise CheckError(
-                f"{self._weight.name}: FP8 with one scale for many elements has no bounds here; "
-                "leave --bounds out, or give --mode weight-only"
-            )
+            activations = fp8_activations(self._weight, self._settings.quantization)
+            if activations is Fp8Activations.STATIC:
+                return Input(InputForm.FP8_STATIC, self._input_scales(raw)[1])
+            if activations is Fp8Activations.PER_TOKEN:
+                return Input(InputForm.FP8_PER_TOKEN)
         return Input(
             InputForm.PLAIN, pre_quant_scale=smooth, weight_rounds=format is not WeightFormat.BF16
         )

@@ -10,13 +10,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from nvfp4check.agreement.agree import agree
+from nvfp4check.agreement.statistics import Decision
 from nvfp4check.checkpoint.naming import Layout, LogicalWeight, Part, WeightFormat
 from nvfp4check.checkpoint.opening import open_checkpoint
 from nvfp4check.checkpoint.quant_config import QuantConfig
 from nvfp4check.engine.local import LocalEngine
 from nvfp4check.findings import CheckError
 from nvfp4check.forward.fp8_inputs import fp8_activations
-from nvfp4check.forward.options import Arithmetic, ForwardOptions
+from nvfp4check.forward.options import Activations, Arithmetic, ForwardOptions
 from nvfp4check.forward.streaming import run_forward
 from nvfp4check.tokens import Prompt
 from nvfp4ref.deepseek_v3.config import DeepseekV3Config
@@ -260,3 +262,23 @@ def test_scales_of_another_form_are_refused(
 
     with pytest.raises(CheckError, match=message):
         run_forward(edited(broken, "bf16"), prompts, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["mixed", "per_token"])
+def test_correct_arithmetic_stays_within_the_bounds_of_such_a_layer(
+    name: str, request: pytest.FixtureRequest, prompts: list[Prompt], tmp_path: Path
+) -> None:
+    checkpoint = request.getfixturevalue(name)
+    options = ForwardOptions(activations=Activations.ALL, bounds=("bfloat16",))
+    bounded = run_forward(checkpoint, prompts, tmp_path / "reference", options).run
+    given = ForwardOptions(
+        activations=Activations.ALL, arithmetic=Arithmetic.BFLOAT16, inputs=bounded.path
+    )
+    candidate = run_forward(checkpoint, prompts, tmp_path / "candidate", given).run
+
+    result = agree(bounded, candidate)
+
+    assert result.verdict is Decision.PASS
+    assert all(held.held_against == "bound" for held in result.layers)
+    ratios = {h.agreement.key: h.bound.ratio for h in result.layers if h.bound is not None}
+    assert 0.01 < ratios[0, "attn_output"] < 1

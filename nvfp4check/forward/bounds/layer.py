@@ -205,7 +205,7 @@ class LayerBounds:
         """Return values as the cache gives them back."""
         if self._cache_scale is None:
             return x
-        kept = straddles.cache(x, self._cache_scale)
+        kept = straddles.e4m3(x, self._cache_scale)
         self.straddles[:, self._tokens_of("kv_b_proj")] += kept.straddles
         return kept.value
 

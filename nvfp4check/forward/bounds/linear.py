@@ -27,6 +27,8 @@ import torch
 from nvfp4check.forward.bounds import straddles
 from nvfp4check.forward.bounds.arithmetic import FRESH_RANDOM, Roundings
 from nvfp4check.forward.bounds.uncertain import Uncertain, through_matrix
+from nvfp4ref.formats import E4M3
+from nvfp4ref.fp8 import SMALLEST_SCALE
 from nvfp4ref.rounding import UNIT_ROUNDOFF
 
 
@@ -37,6 +39,10 @@ class InputForm(StrEnum):
     NVFP4 = "nvfp4"
     FP8 = "fp8"
     FP8_POWER_OF_TWO = "fp8-power-of-two"
+    #: One stored scale.
+    FP8_STATIC = "fp8-static"
+    #: One scale a token, at run time.
+    FP8_PER_TOKEN = "fp8-per-token"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +50,7 @@ class Input:
     """How a linear takes its input."""
 
     form: InputForm
-    #: Of NVFP4: the reciprocal of the scale that decodes, float32 [].
+    #: Of NVFP4 and FP8_STATIC: the reciprocal of the scale that decodes, float32 [].
     encode: torch.Tensor | None = None
     #: AWQ: what the input is multiplied with first, [K].
     pre_quant_scale: torch.Tensor | None = None
@@ -135,9 +141,13 @@ def through(
 
 def _quantised(x: Uncertain, form: Input) -> straddles.Quantised:
     if form.encode is not None:
+        if form.form is InputForm.FP8_STATIC:
+            return straddles.e4m3(x, 1 / float(form.encode))
         return straddles.nvfp4(x, form.encode)
-    power_of_two = form.form is InputForm.FP8_POWER_OF_TWO
-    return straddles.fp8(x, power_of_two_scales=power_of_two)
+    if form.form is InputForm.FP8_PER_TOKEN:
+        floor = SMALLEST_SCALE * E4M3.max
+        return straddles.fp8(x, width=x.value.shape[-1], floor=floor)
+    return straddles.fp8(x, power_of_two_scales=form.form is InputForm.FP8_POWER_OF_TWO)
 
 
 def gain(value: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:

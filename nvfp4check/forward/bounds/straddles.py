@@ -72,8 +72,6 @@ _FP8_ERROR = 6 * UNIT_ROUNDOFF[torch.float32]
 # The formats as numbers that numba can compile in.
 _SIXTH = 1 / np.float32(E2M1.max)
 _E4M3_MAX = np.float64(E4M3.max)
-_FLOOR = np.float64(FP8_ACTIVATION_AMAX_FLOOR)
-_WIDTH = FP8_BLOCK.block_shape[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,26 +89,32 @@ def nvfp4(x: Uncertain, encode: torch.Tensor) -> Quantised:
     return _quantised(x, _nvfp4, np.float32(encode.item()), BLOCK_SIZE)
 
 
-def cache(x: Uncertain, scale: float) -> Quantised:
-    """Pass through an FP8 cache of this scale."""
-    return _quantised(x, _cache, float(scale), 1)
+def e4m3(x: Uncertain, scale: float) -> Quantised:
+    """Quantise to E4M3 under one scale that is given, as an FP8 cache and static inputs are."""
+    return _quantised(x, _given, float(scale), 1)
 
 
-def fp8(x: Uncertain, *, power_of_two_scales: bool) -> Quantised:
-    """Quantise as FP8 activations are, in blocks of 128."""
+def fp8(
+    x: Uncertain,
+    *,
+    power_of_two_scales: bool = False,
+    width: int = FP8_BLOCK.block_shape[1],
+    floor: float = FP8_ACTIVATION_AMAX_FLOOR,
+) -> Quantised:
+    """Quantise as FP8 activations are, in blocks whose largest is taken to be at least `floor`."""
     if power_of_two_scales:
-        return _quantised(x, _fp8, True, _WIDTH)
+        return _quantised(x, _fp8, (True, width, floor), width)
     columns = x.value.shape[-1]
-    padding = (0, -columns % _WIDTH)
+    padding = (0, -columns % width)
 
     def blocks(of: torch.Tensor) -> torch.Tensor:
-        return split_last(torch.nn.functional.pad(of, padding), -1, _WIDTH)
+        return split_last(torch.nn.functional.pad(of, padding), -1, width)
 
-    amax = blocks(x.value.abs()).amax(-1).clamp(min=FP8_ACTIVATION_AMAX_FLOOR)
+    amax = blocks(x.value.abs()).amax(-1).clamp(min=floor)
     roots = x.total.sum(1).sqrt()
-    off = (blocks(x.value.abs()) + blocks(roots)).amax(-1).clamp(FP8_ACTIVATION_AMAX_FLOOR) - amax
-    shared = (off / amax).square().repeat_interleave(_WIDTH, dim=-1)[..., :columns]  # variance
-    found = _quantised(x, _fp8, False, 1, shared)
+    off = (blocks(x.value.abs()) + blocks(roots)).amax(-1).clamp(min=floor) - amax
+    shared = (off / amax).square().repeat_interleave(width, dim=-1)[..., :columns]  # variance
+    found = _quantised(x, _fp8, (False, width, floor), 1, shared)
     value = found.value
     variance = value.variance.clone()
     variance[:, DIRECTED_RANDOM] += shared * value.value.square()
@@ -243,7 +247,7 @@ def _e4m3_step(value: Any, off: Any, scale: Any, own: Any) -> Any:
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _cache(
+def _given(
     x: Any, spread: Any, scale: Any, edges: Any, shells: Any, values: Any, means: Any, most: Any
 ) -> None:
     own, together, reach = spread
@@ -262,8 +266,8 @@ def _cache(
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _fp8_scale(amax: Any, power_of_two_scales: Any) -> Any:
-    scale = max(amax, _FLOOR) / _E4M3_MAX
+def _fp8_scale(amax: Any, power_of_two_scales: Any, floor: Any) -> Any:
+    scale = max(amax, floor) / _E4M3_MAX
     if power_of_two_scales:
         return 2.0 ** np.ceil(np.log2(scale))
     return scale
@@ -273,7 +277,7 @@ def _fp8_scale(amax: Any, power_of_two_scales: Any) -> Any:
 def _fp8(
     x: Any,
     spread: Any,
-    power_of_two_scales: Any,
+    parameter: Any,
     edges: Any,
     shells: Any,
     values: Any,
@@ -281,13 +285,14 @@ def _fp8(
     most: Any,
 ) -> None:
     own, together, reach = spread
+    power_of_two_scales, width, floor = parameter
     for row in range(x.shape[0]):
-        for start in range(0, x.shape[1], _WIDTH):
-            block = range(start, min(start + _WIDTH, x.shape[1]))
+        for start in range(0, x.shape[1], width):
+            block = range(start, min(start + width, x.shape[1]))
             amax = 0.0
             for k in block:
                 amax = max(amax, abs(np.float64(x[row, k])))
-            scale = _fp8_scale(amax, power_of_two_scales)
+            scale = _fp8_scale(amax, power_of_two_scales, floor)
             for k in block:
                 values[row, k] = _e4m3_signed(np.float64(x[row, k]) / scale) * scale
                 most[row, k], means[row, k] = 0.0, 0.0
@@ -299,8 +304,8 @@ def _fp8(
                     if shell < len(edges):
                         off = min(off, together[row, k] + edges[shell] * own[row, k])
                     low, high = max(low, size - off), max(high, size + off)
-                less = _fp8_scale(low, power_of_two_scales)
-                more = _fp8_scale(high, power_of_two_scales)
+                less = _fp8_scale(low, power_of_two_scales, floor)
+                more = _fp8_scale(high, power_of_two_scales, floor)
                 flips = power_of_two_scales and (less != scale or more != scale)
                 for k in block:
                     if shell < len(edges) and most[row, k] == 0:

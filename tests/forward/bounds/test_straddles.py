@@ -12,6 +12,7 @@ from nvfp4check.forward.exact import engine_operand
 from nvfp4ref import e4m3
 from nvfp4ref.deepseek_v3.cache import CacheFormat, LatentCache
 from nvfp4ref.deepseek_v3.linear import quantize_fp8_activations
+from nvfp4ref.fp8 import quantize_per_token
 
 ENCODE = torch.tensor(448 * 6 / 5.0)
 DECODE = 1 / ENCODE
@@ -39,6 +40,11 @@ def as_fp8(x: torch.Tensor, power_of_two: bool) -> torch.Tensor:
     return values.double() * scales.double().repeat_interleave(128, -1)[:, : x.shape[1]]
 
 
+def as_fp8_tokens(x: torch.Tensor) -> torch.Tensor:
+    values, scales = quantize_per_token(x)
+    return values.double() * scales.double()
+
+
 def in_cache(x: torch.Tensor) -> torch.Tensor:
     cache = LatentCache.empty(x.shape[1], 1, torch.float32, CacheFormat.FP8, CACHE_SCALE)
     return cache.extended(x.float(), x[:, :1].float()).read()[0].double()
@@ -57,7 +63,8 @@ FORMS: dict[
         lambda x: as_fp8(x, True),
         lambda x: straddles.fp8(x, power_of_two_scales=True),
     ),
-    "cache": (in_cache, lambda x: straddles.cache(x, CACHE_SCALE)),
+    "fp8-per-token": (as_fp8_tokens, lambda x: straddles.fp8(x, width=x.value.shape[-1])),
+    "cache": (in_cache, lambda x: straddles.e4m3(x, CACHE_SCALE)),
 }
 
 
@@ -109,7 +116,7 @@ def on_a_threshold(form: str) -> tuple[torch.Tensor, torch.Tensor]:
     elif form == "cache":
         x[0, 1] = 1.0625 * CACHE_SCALE
     else:
-        scale = 5.0 / 448 if form == "fp8" else 2.0**-6
+        scale = 2.0**-6 if form == "fp8-power-of-two" else 5.0 / 448
         x[0, 1] = 108 * scale  # between 104 and 112
     x = x.float().double()
     below, above = x.clone(), x.clone()
