@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import nvfp4check
+from nvfp4check.activations import MTP_FOLDER
 from nvfp4check.cli.command import command, make_app
 from nvfp4check.cli.engines import EngineName, EngineOption, make_expert_engine
 from nvfp4check.cli.exit_codes import ExitCode
@@ -62,6 +63,7 @@ class Dtype(StrEnum):
         "nvfp4check forward ./model --out run",
         'nvfp4check forward ./model --text "Hello, my name is" --activations all --out run',
         "nvfp4check forward ./model --prompts prompts.jsonl --logits topk:20 --out run --resume",
+        "nvfp4check forward /shared/model --mtp --engine ray --out run",
         "nvfp4check forward ./model --perturb ulp:bfloat16 --seed 1 --out noise",
         "nvfp4check forward ./model --activations all --bounds float32,bfloat16 --out reference",
         "nvfp4check forward ./model --dtype bfloat16 --inputs reference --out candidate",
@@ -222,7 +224,7 @@ def forward_document(result: "ForwardResult") -> dict[str, Any]:
         "kv_cache": info.kv_cache,
         "dtype": info.dtype,
         "layers": info.layers,
-        "mtp": info.mtp,
+        "mtp": info.mtp if (result.run.path / MTP_FOLDER).is_dir() else 0,
         "layers_computed": result.layers,
         "bytes_read": result.meter.bytes_read,
         "seconds": round(result.seconds, 3),

@@ -28,11 +28,13 @@ def forward_text(document: Mapping[str, Any], table_format: str = "simple") -> s
 def forward_facts(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return what the run was and cost, as names and values fit to show."""
     first, stop = document["layers"]
+    mtp = document.get("mtp", 0)
+    layers = f"{first} to {stop - 1}" + (f" and {mtp} of multi-token prediction" if mtp else "")
     facts = [
         ("checkpoint", str(document["checkpoint"].get("location"))),
         ("run", document["run"]),
         ("arithmetic", f"{document['mode']}, KV cache {document['kv_cache']}, {document['dtype']}"),
-        ("layers", f"{first} to {stop - 1}, {document['layers_computed']} computed by this call"),
+        ("layers", f"{layers}, {document['layers_computed']} computed by this call"),
         ("read", f"{size_text(document['bytes_read'])} in {document['seconds']:.1f} s"),
     ]
     spent = ", ".join(f"{k} {v:.1f} s" for k, v in document["seconds_by_work"].items())

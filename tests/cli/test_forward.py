@@ -42,6 +42,22 @@ def test_a_run_is_written_and_told_as_json(
     assert opened.layers == (0, 1, 2, 3, 4)
 
 
+def test_multi_token_prediction_is_told_beside_the_layers(
+    run: Callable[..., Any], prompts: Path, tmp_path: Path
+) -> None:
+    asked = ("forward", str(TINY / "bf16"), "--prompts", str(prompts), "--mtp")
+
+    some = run(*asked, "--out", str(tmp_path / "run"), "--layers", "0:3")
+    rest = run(*asked, "--out", str(tmp_path / "run"), "--resume", "--format", "json")
+    told = run(*asked, "--out", str(tmp_path / "run"), "--resume")
+
+    assert "layers      0 to 2, 3 computed by this call" in some.out
+    assert (json.loads(rest.out)["mtp"], json.loads(rest.out)["layers_computed"]) == (1, 3)
+    assert "0 to 4 and 1 of multi-token prediction, 0 computed by this call" in told.out
+    # The second prompt has one token, and nothing is predicted from it.
+    assert Run.open(tmp_path / "run").mtp_logits(5, "x\u001b[31m").shape == (2, 1024)
+
+
 @pytest.mark.parametrize("format", ["text", "markdown", "html"])
 def test_a_run_is_told_with_hostile_names_made_harmless(
     format: str, run: Callable[..., Any], prompts: Path, tmp_path: Path
