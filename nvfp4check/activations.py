@@ -128,6 +128,9 @@ class RunInfo:
             first, stop = values["layers"]
             values["layers"] = (int(first), int(stop))
         values["bounds"] = tuple(values.get("bounds") or ())
+        for name in ("checkpoint", "config", "versions"):
+            if not isinstance(values.get(name, {}), dict):
+                raise ValueError(f"{name} is no object")
         return cls(**values)
 
 

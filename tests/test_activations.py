@@ -21,6 +21,11 @@ from nvfp4check.activations import (
 )
 from nvfp4check.findings import CheckError
 
+FINISHED = {
+    "schema": "nvfp4check/run/1",
+    "complete": True,
+    "prompts": [{"id": "a", "tokens": 1}],
+}
 PROMPTS = (PromptInfo(id="a/b", tokens=2, text="…"), PromptInfo(id="c", tokens=1))
 
 
@@ -78,6 +83,10 @@ def test_a_view_into_another_tensor_is_written_as_its_own_values(tmp_path: Path)
     [
         ("{", "not a run"),
         ("[]", "not a run"),
+        *(
+            (json.dumps({**FINISHED, field: []}), f"not a run: {field} is no object")
+            for field in ("checkpoint", "config", "versions")
+        ),
         ('{"schema": "nvfp4check/run/9"}', "expected 'nvfp4check/run/1'"),
         ('{"schema": "nvfp4check/run/1", "prompts": []}', "no list of prompts"),
         ('{"schema": "nvfp4check/run/1", "prompts": [{"id": "a"}]}', "without id or number"),

@@ -213,7 +213,8 @@ def logits_numbers(summary: Summary) -> dict[str, Any]:
     kl = summary.values("kl")
     median, p95, p99, p999 = summary.kl_quantiles((0.5, 0.95, 0.99, 0.999))
     perplexities = summary.perplexities
-    ratio = math.log(perplexities[1] / perplexities[0]) if perplexities[0] > 0 else math.nan
+    both = all(0 < value < math.inf for value in perplexities)
+    ratio = math.log(perplexities[1] / perplexities[0]) if both else math.nan
     return {
         "positions": summary.positions,
         "contaminated": summary.contaminated,
