@@ -27,6 +27,7 @@ import torch
 
 from nvfp4check.agreement import rows as columns
 from nvfp4check.agreement.rows import NUMBERS, compare_pairs, survey_rows
+from nvfp4check.findings import CheckError
 
 #: Elements of one side that are brought into the form the compiled code takes at one time.
 CHUNK_ELEMENTS = 1 << 20
@@ -100,8 +101,18 @@ def compare_rows(
     tokens: torch.Tensor | None = None,
     block: int | None = None,
 ) -> PositionMetrics:
-    """Compare logits that are read `block` positions at a time."""
+    """Compare logits that are read `block` positions at a time.
+
+    Raises:
+        CheckError: A token is none of the vocabulary.
+    """
     after = following(positions, tokens)
+    outside = after[(after < -1) | (after >= vocabulary)]
+    if outside.numel():
+        raise CheckError(
+            f"token {int(outside[0])} is none of the {vocabulary:,} that the logits are over; the "
+            "tokens of the run are not those of its model"
+        )
     block = block or max(1, BLOCK_ELEMENTS // max(1, vocabulary))
     numbers = torch.full((positions, NUMBERS), torch.nan, dtype=torch.float64)
     best = torch.zeros(2, positions, min(RANKS, vocabulary), dtype=torch.int64)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from nvfp4check.agreement.logits import compare_logits, top_k
+from nvfp4check.findings import CheckError
 
 
 def _numpy_kl(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
@@ -25,6 +26,13 @@ def test_the_divergence_is_that_of_plain_numpy_in_long_double() -> None:
 
     expected = torch.from_numpy(_numpy_kl(reference.numpy(), candidate.numpy()))
     assert (found.kl - expected).abs().max() <= 300 * 2.0**-52  # 300 terms, each below one
+
+
+@pytest.mark.parametrize("token", [300, 2**40, -2])
+def test_a_token_outside_the_vocabulary_is_refused_before_memory_is_read(token: int) -> None:
+    logits = torch.zeros(3, 300)
+    with pytest.raises(CheckError, match=f"token {token} is none of the 300"):
+        compare_logits(logits, logits, torch.tensor([0, token, 5]))
 
 
 def test_a_run_agrees_with_itself_exactly() -> None:
