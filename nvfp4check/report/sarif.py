@@ -1,7 +1,9 @@
 """A validation as SARIF 2.1.0, for code scanning and the viewers of static analysis.
 
 A finding's place is the shard, with the byte offset where it is known, and the tensor as a logical
-location. Section numbers are those of the OASIS standard.
+location. Section numbers are those of the OASIS standard. GitHub takes a subset of it: a region
+must have a line, so that of a binary file is its first, and of more than `MOST_RESULTS` a whole
+upload is refused, so that the most severe are kept and the number of the others is told.
 """
 
 import hashlib
@@ -21,6 +23,9 @@ SCHEMA = (
 #: The base that the shards' relative paths are resolved against (3.14.14).
 _BASE = "CHECKPOINT"
 
+#: Results of a run that GitHub's code scanning accepts.
+MOST_RESULTS = 25_000
+
 #: 3.27.10: `info` is a note.
 _LEVELS = {"error": "error", "warning": "warning", "info": "note"}
 
@@ -35,6 +40,13 @@ def sarif(document: Mapping[str, Any], *, rules: Mapping[str, Mapping[str, Any]]
     identifiers = sorted({*coverage["rules"], *named})
     index = {identifier: position for position, identifier in enumerate(identifiers)}
     location = visible(document["checkpoint"]["location"])
+    kept = document["findings"][:MOST_RESULTS]
+    told = [f"skipped {entry['what']}: {entry['why']}" for entry in coverage["skipped"]]
+    if len(kept) < len(document["findings"]):
+        told.append(
+            f"{len(document['findings']) - len(kept):,} further findings, none more severe, are "
+            "left out here; JSON has them all"
+        )
     run = {
         "tool": {
             "driver": {
@@ -47,16 +59,12 @@ def sarif(document: Mapping[str, Any], *, rules: Mapping[str, Mapping[str, Any]]
             {
                 "executionSuccessful": document["verdict"] != "incomplete",
                 "toolExecutionNotifications": [
-                    {
-                        "level": "warning",
-                        "message": {"text": visible(f"skipped {entry['what']}: {entry['why']}")},
-                    }
-                    for entry in coverage["skipped"]
+                    {"level": "warning", "message": {"text": visible(text)}} for text in told
                 ],
             }
         ],
         "originalUriBaseIds": {_BASE: {"description": {"text": f"the checkpoint {location}"}}},
-        "results": [_result(finding, index) for finding in document["findings"]],
+        "results": [_result(finding, index) for finding in kept],
         "columnKind": "unicodeCodePoints",
         "properties": {"verdict": document["verdict"], "checkpoint": location},
     }
@@ -106,10 +114,10 @@ def _result(finding: FindingRecord, index: Mapping[str, int]) -> dict[str, Any]:
 def _physical(finding: FindingRecord) -> dict[str, Any]:
     shard = finding.get("shard")
     path = quote(str(PurePosixPath(visible(shard)))) if shard else "./"
-    physical: dict[str, Any] = {"artifactLocation": {"uri": path, "uriBaseId": _BASE}}
+    region = {"startLine": 1}
     if finding.get("offset") is not None:
-        physical["region"] = {"byteOffset": finding["offset"], "byteLength": 0}
-    return physical
+        region |= {"byteOffset": finding["offset"], "byteLength": 0}
+    return {"artifactLocation": {"uri": path, "uriBaseId": _BASE}, "region": region}
 
 
 def _fingerprint(finding: FindingRecord) -> str:

@@ -13,7 +13,7 @@ from nvfp4check.findings import CheckError
 from nvfp4check.report.formats import Format
 from nvfp4check.report.junit import junit
 from nvfp4check.report.render import Extras, render
-from nvfp4check.report.sarif import sarif
+from nvfp4check.report.sarif import MOST_RESULTS, sarif
 
 Document = dict[str, Any]
 Rules = dict[str, dict[str, Any]]
@@ -57,6 +57,23 @@ def test_sarif_has_a_result_for_each_finding_with_its_place(failed: Document) ->
     )
     name = place["logicalLocations"][0]["fullyQualifiedName"]
     assert name == "model.layers.5.mlp.experts.3.up_proj.weight"
+
+
+def test_every_place_in_sarif_has_a_line_for_code_scanning(failed: Document) -> None:
+    results = json.loads(sarif(failed, rules={}))["runs"][0]["results"]
+    regions = [r["locations"][0]["physicalLocation"]["region"] for r in results]
+    assert {region["startLine"] for region in regions} == {1}
+
+
+def test_more_results_than_code_scanning_takes_are_told_and_the_most_severe_kept(
+    failed: Document,
+) -> None:
+    findings = [*failed["findings"], *failed["findings"][-1:] * MOST_RESULTS]
+    run = json.loads(sarif({**failed, "findings": findings}, rules={}))["runs"][0]
+    assert len(run["results"]) == MOST_RESULTS
+    assert run["results"][0]["message"]["text"] == failed["findings"][0]["message"]
+    told = run["invocations"][0]["toolExecutionNotifications"][-1]["message"]["text"]
+    assert told.startswith(f"{len(failed['findings']):,} further findings")
 
 
 def test_sarif_levels_are_those_of_the_standard(failed: Document) -> None:
