@@ -25,6 +25,7 @@ from nvfp4check.checkpoint.rules.shared import kind
 from nvfp4check.checkpoint.rules.siblings import decode_scale, is_valid_scale, stored_scalar
 from nvfp4check.checkpoint.scan import WeightScan, scan, why_not_scannable, with_new_maps
 from nvfp4check.checkpoint.storage import StorageError
+from nvfp4check.checkpoint.summary import producer_of
 from nvfp4check.findings import CheckError
 
 SCHEMA = "nvfp4check/inspect/1"
@@ -172,7 +173,7 @@ def inspect(
         detail = _view(checkpoint, chosen[0], looks.scans.get(chosen[0].name), level)
     return InspectionResult(
         location=checkpoint.location,
-        producer=checkpoint.quantization.producer,
+        producer=producer_of(checkpoint.quantization),
         architecture=checkpoint.architecture,
         tensors=len(checkpoint.tensors),
         bytes=checkpoint.nbytes,

@@ -94,6 +94,10 @@ class LocalStorage:
 
     def __init__(self, directory: str | Path) -> None:
         self._location = str(directory)
+        if not self._location:
+            raise CheckError(
+                "an empty path names no checkpoint; give its directory, or . for this one"
+            )
         root = Path(directory)
         if not root.exists():
             raise CheckError(

@@ -31,7 +31,8 @@ from nvfp4check.checkpoint.rules.base import (
 )
 from nvfp4check.checkpoint.rules.blocks import tp_misaligned
 from nvfp4check.checkpoint.storage import StorageError
-from nvfp4check.checkpoint.validation_result import ValidationResult, summary_of, verdict_of
+from nvfp4check.checkpoint.summary import summary_of
+from nvfp4check.checkpoint.validation_result import ValidationResult, verdict_of
 from nvfp4check.checkpoint.validation_result import exit_code as exit_code
 from nvfp4check.engine import Engine
 from nvfp4check.engine.local import LocalEngine

@@ -1,47 +1,20 @@
 """What a validation found and covered, its verdict, and its document."""
 
 import math
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from nvfp4check import __version__
 from nvfp4check.checkpoint.byte_pass import Sample
 from nvfp4check.checkpoint.card.review import CardReview
-from nvfp4check.checkpoint.opening import Checkpoint
 from nvfp4check.checkpoint.rules.base import RuleLevel
+from nvfp4check.checkpoint.summary import CheckpointSummary
 from nvfp4check.findings import Coverage, Finding, Severity, Verdict
 
 if TYPE_CHECKING:
     from nvfp4check.checkpoint.audit.outcome import AuditOutcome
 
 SCHEMA = "nvfp4check/validate/1"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointSummary:
-    """What kind of checkpoint it is. `formats` counts logical weights."""
-
-    location: str
-    producer: str | None
-    architecture: str | None
-    formats: dict[str, int]
-    bytes: int
-
-
-def summary_of(checkpoint: Checkpoint) -> CheckpointSummary:
-    """Say what kind of checkpoint it is."""
-    declared = checkpoint.quantization
-    name = declared.producer_name or declared.producer
-    producer = " ".join(part for part in (name, declared.producer_version) if part)
-    formats = Counter(weight.format.value for weight in checkpoint.weights.values())
-    return CheckpointSummary(
-        location=checkpoint.location,
-        producer=producer or None,
-        architecture=checkpoint.architecture,
-        formats=dict(sorted(formats.items())),
-        bytes=checkpoint.nbytes,
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

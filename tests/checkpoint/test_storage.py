@@ -24,6 +24,11 @@ def test_files_are_listed_with_their_sizes_and_folders(directory: Path) -> None:
     assert LocalStorage(directory).list() == {"a.safetensors": 100, "sub/b.json": 2}
 
 
+def test_an_empty_path_is_no_checkpoint_though_it_would_open_this_directory() -> None:
+    with pytest.raises(CheckError, match="an empty path names no checkpoint"):
+        open_storage("")
+
+
 def test_a_range_is_read_and_mapped_alike(directory: Path) -> None:
     storage = LocalStorage(directory)
     view = storage.view("a.safetensors")

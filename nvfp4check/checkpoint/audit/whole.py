@@ -63,7 +63,7 @@ def run_audit(
     if unjudged:
         gaps.append(
             (
-                f"audit of {counted(len(unjudged), 'norm')}, the first {printable(unjudged[0])}",
+                _gap("norm", unjudged),
                 "it differs from the base's, and no linear that it feeds was audited to tell why",
             )
         )
@@ -71,8 +71,7 @@ def run_audit(
     if not_finite:
         gaps.append(
             (
-                f"audit of blocks of {counted(len(not_finite), 'weight')}, the first "
-                f"{printable(not_finite[0])}",
+                _gap("weight", not_finite, part="blocks of "),
                 "elements of the base are NaN or infinite",
             )
         )
@@ -135,7 +134,7 @@ def _gaps(pairing: Pairing) -> list[Gap]:
     by_reason[_QUANTIZED_BEFORE] = pairing.quantized_before
     return [
         (
-            f"audit of {counted(len(names), 'weight')}, the first {printable(names[0])}",
+            _gap("weight", names),
             printable(why, 400),
         )
         for why, names in by_reason.items()
@@ -151,3 +150,11 @@ def _layout(checkpoint: Checkpoint) -> Layout:
         if weight.format is WeightFormat.NVFP4
     )
     return layouts.most_common(1)[0][0] if layouts else Layout.PLAIN
+
+
+def _gap(kind: str, names: Sequence[str], part: str = "") -> str:
+    """Say what was not audited: a weight by name, several by number and the first."""
+    first = printable(names[0])
+    if len(names) == 1:
+        return f"audit of {part}{first}"
+    return f"audit of {part}{counted(len(names), kind)}, the first {first}"

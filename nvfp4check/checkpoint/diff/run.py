@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from nvfp4check.checkpoint.diff.results import WeightDiff
 from nvfp4check.checkpoint.journal import Journal, default_path, fingerprint
 from nvfp4check.checkpoint.opening import Checkpoint
 from nvfp4check.checkpoint.storage import StorageError
+from nvfp4check.checkpoint.summary import summary_of
 from nvfp4check.engine import Engine
 from nvfp4check.engine.local import LocalEngine
 from nvfp4check.findings import CheckError, Skipped
@@ -382,14 +383,4 @@ def _journal(a: Checkpoint, b: Checkpoint, options: DiffOptions) -> Iterator[Jou
 
 
 def _summary(checkpoint: Checkpoint) -> dict[str, Any]:
-    declared = checkpoint.quantization
-    name = declared.producer_name or declared.producer
-    formats = Counter(weight.format.value for weight in checkpoint.weights.values())
-    return {
-        "location": checkpoint.location,
-        "producer": " ".join(p for p in (name, declared.producer_version) if p) or None,
-        "architecture": checkpoint.architecture,
-        "formats": dict(sorted(formats.items())),
-        "bytes": checkpoint.nbytes,
-        "weights": len(checkpoint.weights),
-    }
+    return {**asdict(summary_of(checkpoint)), "weights": len(checkpoint.weights)}

@@ -12,6 +12,7 @@ import pytest
 
 from nvfp4check.checkpoint.audit import passes
 from nvfp4check.checkpoint.audit.results import WeightAudit
+from nvfp4check.checkpoint.audit.whole import _gap
 from nvfp4check.checkpoint.editing import CheckpointEditor
 from nvfp4check.checkpoint.opening import open_checkpoint
 from nvfp4check.checkpoint.rules.base import RuleLevel
@@ -127,6 +128,13 @@ def test_a_base_that_is_the_checkpoint_itself_is_refused(
     for base in (golden.nvfp4, link):
         with pytest.raises(CheckError, match="the base is the checkpoint itself"):
             run(golden.nvfp4, base)
+
+
+def test_what_was_not_audited_is_named_alone_or_counted() -> None:
+    assert _gap("weight", ["a"]) == "audit of a"
+    assert _gap("weight", ["a", "b"], part="blocks of ") == (
+        "audit of blocks of 2 weights, the first a"
+    )
 
 
 def test_equal_copies_of_a_quantised_base_are_a_gap_and_unequal_ones_a_finding(
