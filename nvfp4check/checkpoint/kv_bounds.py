@@ -6,7 +6,7 @@ Contract:
     linear    of a normed input: |y_j| <= sqrt(d) * |W_j o w| + |b_j| (Cauchy and Schwarz)
     latent    of a normed one itself: |c_i| <= sqrt(d) * |w_i|
     rotation  of pairs by RoPE: at most sqrt(2) times the largest, times YaRN's factor for cosine
-              and sine, 1 + ln(factor)/10
+              and sine, attention_factor or 1 + mscale ln(factor)/10, where that is more than 1
     most      the largest of these over all that one scale is for
     least     some element of every token's latent is at least 1/sqrt(mean(1 / w^2)): if all were
               smaller, the squares of c_i / w_i could not add up to d
@@ -17,9 +17,9 @@ None where a layer is not of this form, or a weight is stored otherwise.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nvfp4check.checkpoint.naming import LogicalWeight, Part, WeightFormat
 from nvfp4check.checkpoint.opening import Checkpoint
@@ -95,11 +95,7 @@ class _Layer:
 
     @property
     def _rotation(self) -> float:
-        scaling = (self._checkpoint.config or {}).get("rope_scaling")
-        factor = scaling.get("factor") if isinstance(scaling, Mapping) else None
-        if not isinstance(factor, (int, float)) or not 1 < factor < math.inf:
-            return math.sqrt(2)
-        return math.sqrt(2) * (1 + math.log(factor) / 10)
+        return math.sqrt(2) * max(map(_stretch, _scalings(self._checkpoint.config or {})))
 
     def _linear(self, leaf: str, first: int = 0) -> float:
         """Bound the outputs of a linear of the layer's normed input, from one row on."""
@@ -169,3 +165,31 @@ class _Layer:
         if not bool(values.isfinite().all()):
             raise ValueError("an element is not finite")
         return values
+
+
+def _scalings(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield all that a config says of RoPE, as transformers 4 and 5 write it; an empty one first.
+
+    It may stand in `text_config`, and be told by kind of layer.
+    """
+    yield {}
+    for place in (config, config.get("text_config")):
+        if isinstance(place, Mapping):
+            for found in (place.get("rope_scaling"), place.get("rope_parameters")):
+                if isinstance(found, Mapping):
+                    yield found
+                    yield from (kind for kind in found.values() if isinstance(kind, Mapping))
+
+
+def _stretch(scaling: Mapping[str, Any]) -> float:
+    """Bound the factor of cosine and sine."""
+    factor, mscale, stated = (
+        _number(scaling.get(name)) for name in ("factor", "mscale", "attention_factor")
+    )
+    return max(1.0, stated, 1 + max(1.0, mscale) * math.log(max(1.0, factor)) / 10)
+
+
+def _number(value: object) -> float:
+    """Read a number of a config; 0 where it is none."""
+    is_number = isinstance(value, (int, float)) and math.isfinite(value)
+    return float(value) if is_number else 0.0

@@ -1,5 +1,6 @@
 """NV307 and NV308, each with a fault that it sees; and the bounds against what layers put out."""
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -98,10 +99,10 @@ def test_norms_of_another_form_bound_nothing(clone: CheckpointEditor) -> None:
     assert reach_of(checkpoint, checkpoint.weights[K_SCALE], Part.K_SCALE) is None
 
 
-def layer_reach(folder: Path, tensors: dict[str, torch.Tensor], scale: str, part: Part) -> Reach:
-    import json
-
-    config = {"architectures": ["DeepseekV3ForCausalLM"]}
+def layer_reach(
+    folder: Path, tensors: dict[str, torch.Tensor], scale: str, part: Part, **more: object
+) -> Reach:
+    config = {"architectures": ["DeepseekV3ForCausalLM"], **more}
     (folder / "config.json").write_text(json.dumps(config))
     save_file(
         {f"{name}": t.contiguous() for name, t in tensors.items()}
@@ -175,3 +176,33 @@ def test_the_bound_of_a_projection_is_reached(tmp_path: Path) -> None:
     value = normed(largest, norm) @ weight.T
 
     assert reach.most == pytest.approx(float(value.abs().max()), rel=2.0**-20)
+
+
+YARN = {"type": "yarn", "factor": 40, "mscale": 1.0}
+STRETCHED = 1 + math.log(40) / 10
+
+
+@pytest.mark.parametrize(
+    ("config", "factor"),
+    [
+        ({}, 1.0),
+        ({"rope_scaling": None}, 1.0),
+        ({"rope_scaling": YARN}, STRETCHED),
+        ({"rope_parameters": YARN | {"rope_theta": 1e4}}, STRETCHED),
+        ({"text_config": {"rope_scaling": YARN}}, STRETCHED),
+        ({"rope_parameters": {"full_attention": YARN, "sliding_attention": {}}}, STRETCHED),
+        ({"rope_scaling": YARN | {"mscale": 2}}, 1 + 2 * math.log(40) / 10),
+        ({"rope_scaling": YARN | {"attention_factor": 5.0}}, 5.0),
+        ({"rope_scaling": {"factor": "40", "mscale": math.nan}}, 1.0),
+    ],
+)
+def test_keys_are_stretched_as_the_config_says_in_every_form_it_has(
+    tmp_path: Path, config: dict[str, object], factor: float
+) -> None:
+    tensors = {
+        f"{ATTENTION.rpartition('.')[0]}.input_layernorm.weight": torch.ones(64),
+        f"{ATTENTION}.k_proj.weight": torch.eye(64),
+    }
+    reach = layer_reach(tmp_path, tensors, "k_proj_.k_scale", Part.K_SCALE, **config)
+
+    assert reach.most == pytest.approx(math.sqrt(2) * math.sqrt(64) * factor, rel=2.0**-40)

@@ -205,7 +205,7 @@ def _bad_factors(context: RuleContext, weight: LogicalWeight) -> Iterator[Proble
     if entry is None or entry.dtype not in ("BF16", "F16", "F32"):
         return
     try:
-        factors = context.checkpoint.torch(entry).flatten().tolist()
+        factors = context.checkpoint.torch(entry).flatten().float()
     except StorageError as error:
         context.skip(f"NV304 input-scale-invalid, of {printable(entry.name)}", str(error))
         return
@@ -216,13 +216,14 @@ def _bad_factors(context: RuleContext, weight: LogicalWeight) -> Iterator[Proble
             expected=weight.shape[-1],
             **at_part(weight, Part.PRE_QUANT_SCALE),
         )
-    bad = [place for place, factor in enumerate(factors) if not 0 < factor < math.inf]
-    if bad:
-        value = factors[bad[0]]
+    bad = ~((factors > 0) & factors.isfinite())
+    if bool(bad.any()):
+        count, first = int(bad.sum()), int(bad.int().argmax())
+        value = float(factors[first])
         yield Problem(
-            f"{len(bad):,} of {len(factors):,} factors are not positive and finite, the first "
-            f"{value:g} at column {bad[0]:,}",
-            count=len(bad),
+            f"{count:,} of {len(factors):,} factors are not positive and finite, the first "
+            f"{value:g} at column {first:,}",
+            count=count,
             observed=observed_scale(value),
             **at_part(weight, Part.PRE_QUANT_SCALE),
         )
