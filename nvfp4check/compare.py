@@ -146,11 +146,6 @@ def within(actual: torch.Tensor, tolerance: Tolerance, *, what: str = "values") 
     return _result(what, actual, rounded, ~holds, tolerance, tolerance.why, due)
 
 
-def first_failure(comparisons: list[Comparison]) -> Comparison | None:
-    """Return the first comparison that does not hold."""
-    return next((found for found in comparisons if not found.holds), None)
-
-
 def render(comparison: Comparison) -> str:
     """Return a comparison as text, the same everywhere it is shown."""
     if comparison.form:

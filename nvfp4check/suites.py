@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from nvfp4check.ops import OPERATIONS, Kernel, UnsupportedError
+from nvfp4check.ops import OPERATIONS, UnsupportedError
 from nvfp4check.properties import properties_of
 from nvfp4check.properties.law import (
     DEFAULT_EXAMPLES,
@@ -200,18 +200,3 @@ class DequantizeFp8BlockSuite(KernelSuite):
     """kernel(self, w, scale_inv, dtype) -> values."""
 
     operation = "dequantize_fp8_block"
-
-
-def suite_of(operation: str, kernel: Kernel, convention: str | None = None) -> type[KernelSuite]:
-    """Return a suite for a kernel that is a plain function, with the facts the function carries."""
-    bases = {
-        base.operation: base for base in KernelSuite.__subclasses__() if "operation" in vars(base)
-    }
-    named = convention or getattr(kernel, "convention", None)
-    declared = {
-        name: getattr(kernel, name)
-        for name in Facts.__dataclass_fields__
-        if getattr(kernel, name, None) is not None
-    }
-    body = {"kernel": staticmethod(kernel), "convention": named, **declared}
-    return type(f"Test_{operation}", (bases[operation],), body)

@@ -21,18 +21,6 @@ Cases = Callable[[Setting], Iterable[Case]]
 REPEATS = 4
 
 
-def matches_reference(
-    operation: str, name: str, law: str, cases: Cases, zeros: compare.Zeros = compare.Zeros.SIGNED
-) -> Property:
-    """The outputs are those of the reference, bit for bit."""
-
-    def check(runner: Runner, case: Case) -> Failure | None:
-        actual, expected = runner(case.inputs), runner.reference(case.inputs)
-        return same_outputs(runner, case, actual, expected, zeros=zeros)
-
-    return Property(name=name, operation=operation, law=law, generate=cases, check=check)
-
-
 def repeats(operation: str, cases: Cases) -> Property:
     """The same inputs give the same bits, call after call."""
 

@@ -21,8 +21,8 @@ ONE = torch.tensor(1.0)
 #: A factor whose product with almost any float32 rounds.
 ODD_ALPHA = torch.tensor(0.7123456)
 
-#: E4M3 bytes of 0.5, 1 and 448.
-HALF_BYTE, ONE_BYTE, LARGEST_BYTE = 0x30, 0x38, 0x7E
+#: E4M3 bytes of 1 and 448.
+ONE_BYTE, LARGEST_BYTE = 0x38, 0x7E
 
 
 def operand(

@@ -79,10 +79,6 @@ class Vectors:
         """Add to what is held at a place."""
         self.b.store(self.b.add(self.b.load(place), more), place)
 
-    def increase(self, place: Any, mask: Any) -> None:
-        """Add 1 to the elements of a vector that a mask chooses."""
-        self.add(place, self.b.zext(mask, place.type.pointee))
-
     def raise_to(self, place: Any, other: Any) -> None:
         """Keep the larger of what is held and another, unsigned."""
         held = self.b.load(place)

@@ -34,11 +34,6 @@ class FusedGroup:
     name: str
     members: tuple[LogicalWeight, ...]
 
-    @property
-    def fused_name(self) -> str:
-        """Name of the fused module."""
-        return f"{self.parent}.{self.name}" if self.parent else self.name
-
 
 def nvfp4_scans(context: RuleContext) -> Iterator[tuple[LogicalWeight, WeightScan]]:
     """Yield every weight that was scanned, with its scan."""
