@@ -191,5 +191,6 @@ def _stretch(scaling: Mapping[str, Any]) -> float:
 
 def _number(value: object) -> float:
     """Read a number of a config; 0 where it is none."""
-    is_number = isinstance(value, (int, float)) and math.isfinite(value)
-    return float(value) if is_number else 0.0
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        return 0.0
+    return float(value)

@@ -74,6 +74,7 @@ def strange_regions(
     """
     rows, columns = matrix_shape(weight)
     found: list[Region] = []
+    near: list[Region] = []
     for start, stop in row_pieces(rows, columns):
         codes = reader.rows(weight.parts[Part.CODES], start, stop, columns // 2)
         live = np.stack([codes & 7, codes >> 4 & 7], axis=-1).reshape(stop - start, columns) != 0
@@ -81,8 +82,12 @@ def strange_regions(
         theirs = sign_rows(base_reader, base, start, stop, 0, columns)
         differing = ((mine != theirs) & live).reshape(stop - start, -1, BLOCK_SIZE).sum(-1)
         for row in np.flatnonzero((differing >= _STRANGE).any(axis=1)):
+            near = [region for region in near if start + int(row) <= region.bottom + _GAP]
             for first, last in _spans(differing[row] >= _STRANGE):
-                _add(found, start + int(row), first * BLOCK_SIZE, last * BLOCK_SIZE)
+                new = _added(near, start + int(row), first * BLOCK_SIZE, last * BLOCK_SIZE)
+                if new is not None:
+                    near.append(new)
+                    found.append(new)
     return found
 
 
@@ -98,16 +103,16 @@ def _spans(strange: Signs) -> Iterator[tuple[int, int]]:
             yield first, last
 
 
-def _add(found: list[Region], row: int, left: int, right: int) -> None:
-    """Add a span to the region above it, or begin a new one."""
-    near = _GAP * BLOCK_SIZE
-    for region in reversed(found):
-        alike = abs(region.left - left) <= near and abs(region.right - right) <= near
-        if row - _GAP <= region.bottom <= row and alike:
+def _added(near: Sequence[Region], row: int, left: int, right: int) -> Region | None:
+    """Add a span to one of the regions that end near above it, or begin a new one and return it."""
+    most = _GAP * BLOCK_SIZE
+    for region in reversed(near):
+        alike = abs(region.left - left) <= most and abs(region.right - right) <= most
+        if region.bottom <= row and alike:
             region.bottom = row + 1
             region.left, region.right = min(region.left, left), max(region.right, right)
-            return
-    found.append(Region(row, row + 1, left, right))
+            return None
+    return Region(row, row + 1, left, right)
 
 
 class RegionSearch:
