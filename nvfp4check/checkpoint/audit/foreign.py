@@ -98,7 +98,7 @@ class _Search:
         if set(holders) == {weight.name}:
             order = [place[1] if place else -1 for place in rows]
             if all(source in (-1, row) for row, source in enumerate(order)):
-                how = "the heads of its rows are the base's, and what follows them is not"
+                how = "the heads of its rows are the base's, and not all of what follows them is"
                 return Foreign(weight=weight.name, holds=None, how=how)
             return Foreign(
                 weight=weight.name, holds=weight.name, how=f"it is the base's {_order(order)}"

@@ -12,6 +12,8 @@ Contract:
                    or at the same place of another tensor of its shape. Of several places the one
                    counts that most rows below follow. Rows above and below that follow too belong
                    to it; those of its own that do not are a region again
+    searched   the eight regions of most rows; those of a weight that is strange throughout would
+               each take a look at all of the base's
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,8 +38,8 @@ _PROBE_SIGNS = 256
 _LEAST_ROWS = 16
 #: Weights that are looked for in all tensors of their shape.
 _MOST_SEARCHED = 64
-#: Regions of one weight that are told.
-_TOLD = 3
+#: Regions of one weight that are searched, and that are told.
+_MOST_REGIONS, _TOLD = 8, 3
 
 
 @dataclass(slots=True)
@@ -138,9 +140,10 @@ class RegionSearch:
         self._searched += 1
         told: list[tuple[int, str]] = []
         holds: list[str] = []
-        rows = 0
-        while regions and len(told) < _TOLD:
+        rows = tried = 0
+        while regions and len(told) < _TOLD and tried < _MOST_REGIONS:
             region = regions.pop()
+            tried += 1
             place, claimed = self._find(weight, region)
             if place is not None:
                 regions = [*_without(regions, claimed), *_without([region], claimed)]

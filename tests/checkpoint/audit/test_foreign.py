@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from nvfp4check.checkpoint.audit.regions import RegionSearch, strange_regions
+from nvfp4check.checkpoint.audit.sources import Reader
 from nvfp4check.checkpoint.editing import CheckpointEditor
 from nvfp4check.checkpoint.opening import Checkpoint, open_checkpoint
 from nvfp4check.checkpoint.validation import ValidationOptions, ValidationResult, validate
@@ -267,3 +270,35 @@ def test_a_few_damaged_bytes_are_damage_and_nobody_elses_row(
     clone.raw(f"{GATE}.weight")[7, 8:48] ^= 0xFF
 
     assert {finding.rule for finding in run(clone).findings} == {"NV701"}
+
+
+def test_a_weight_that_is_strange_in_many_places_is_not_searched_for_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.manual_seed(0)
+    x = (torch.randn(256, 1024, generator=generator) * 0.02).bfloat16()
+    decode = global_decode_scale(x.abs().amax(), Convention.MODELOPT)
+    codes, scales = quantize(x, decode, Convention.MODELOPT)
+    patches = torch.rand(256, 64, generator=generator) < 0.4
+    codes.view(256, 64, 8)[patches] ^= 0x88  # all signs of these blocks
+    stored = {f"{GATE}.weight": codes, f"{GATE}.weight_scale": scales}
+    stored[f"{GATE}.weight_scale_2"] = decode
+    for folder, tensors in (("ours", stored), ("base", {f"{GATE}.weight": x})):
+        (tmp_path / folder).mkdir()
+        save_file(tensors, tmp_path / folder / "model.safetensors")
+    ours, base = open_checkpoint(tmp_path / "ours"), open_checkpoint(tmp_path / "base")
+    readers = Reader(ours), Reader(base)
+    name = f"{GATE}.weight"
+    looks: list[int] = []
+    rows_with = RegionSearch._rows_with
+
+    def counted(*arguments: Any) -> Any:
+        looks.append(1)
+        return rows_with(*arguments)
+
+    monkeypatch.setattr(RegionSearch, "_rows_with", counted)
+    regions = strange_regions(readers[0], ours.weights[name], readers[1], base.weights[name])
+
+    assert len(regions) > 100
+    assert RegionSearch(*readers, base).name(ours.weights[name]) is None
+    assert len(looks) == 8
