@@ -24,24 +24,23 @@ tensors give the same bytes.
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import nvfp4check
 from nvfp4check.findings import CheckError
+from nvfp4check.run_info import PromptInfo as PromptInfo
+from nvfp4check.run_info import RunInfo as RunInfo
 
 if TYPE_CHECKING:
     import torch
-
-SCHEMA = "nvfp4check/run/1"
 
 #: What a run keeps of the best logits, each under `<prompt id>/<part>`.
 TOP_PARTS = ("values", "tokens", "logsumexp")
 
 HIDDEN = "hidden"
-ROUTER_POINTS = ("router_scores", "router_experts", "router_weights")
+ROUTER_SCORES, ROUTER_EXPERTS = "router_scores", "router_experts"
+ROUTER_POINTS = (ROUTER_SCORES, ROUTER_EXPERTS, "router_weights")
 POINTS = ("attn_input", "attn_output", "mlp_input", "mlp_output", HIDDEN, *ROUTER_POINTS)
 
 RUN_FILE = "run.json"
@@ -52,86 +51,11 @@ LAYERS_FOLDER = "layers"
 BOUNDS_FOLDER = "bounds"
 MTP_FOLDER = "mtp"
 
+#: Experts of a layer, where a run does not say how many there are: more than any model has.
+MOST_EXPERTS = 1 << 16
+
 #: Beside the bounds: codes that were counted as flipped, and whose experts cannot legally change.
 STRADDLES, SETTLED = "straddles", "settled"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptInfo:
-    """One prompt of a run."""
-
-    id: str
-    #: How many tokens it has.
-    tokens: int
-    text: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunInfo:
-    """run.json: how the run was made."""
-
-    prompts: tuple[PromptInfo, ...]
-    #: Whether everything that was asked for is there.
-    complete: bool = False
-    #: Location, fingerprint and architecture of the checkpoint; free form for other engines.
-    checkpoint: dict[str, Any] = field(default_factory=dict)
-    #: config.json of the model.
-    config: dict[str, Any] = field(default_factory=dict)
-    mode: str | None = None
-    kv_cache: str | None = None
-    dtype: str | None = None
-    device: str | None = None
-    activations: str | None = None
-    logits: str | None = None
-    #: First layer computed, and the one after the last.
-    layers: tuple[int, int] | None = None
-    #: How many layers of multi-token prediction follow them.
-    mtp: int = 0
-    perturb: str | None = None
-    seed: int | None = None
-    #: The run whose experts were forced.
-    routing: str | None = None
-    #: Dtypes of candidates that bounds were derived for.
-    bounds: tuple[str, ...] = ()
-    #: Digest by prompt of the states that each layer began with, where another run gave them.
-    inputs: dict[str, str] | None = None
-    #: Name and version of whatever made the run, and of what it ran on.
-    versions: dict[str, str] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the document."""
-        tool = {"name": "nvfp4check", "version": nvfp4check.__version__}
-        return {"schema": SCHEMA, "tool": tool, **asdict(self)}
-
-    @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> Self:
-        """Return what a document says; fields of later versions are left aside.
-
-        Raises:
-            ValueError: The document is not a run.json of this schema.
-        """
-        if document.get("schema") != SCHEMA:
-            raise ValueError(f"schema {document.get('schema')!r}, expected {SCHEMA!r}")
-        known = {entry.name for entry in fields(cls)}
-        values = {name: value for name, value in document.items() if name in known}
-        prompts = values.get("prompts")
-        if not isinstance(prompts, list) or not prompts:
-            raise ValueError("no list of prompts")
-        try:
-            values["prompts"] = tuple(
-                PromptInfo(id=str(p["id"]), tokens=int(p["tokens"]), text=p.get("text"))
-                for p in prompts
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"a prompt without id or number of tokens ({error})") from error
-        if values.get("layers") is not None:
-            first, stop = values["layers"]
-            values["layers"] = (int(first), int(stop))
-        values["bounds"] = tuple(values.get("bounds") or ())
-        for name in ("checkpoint", "config", "versions"):
-            if not isinstance(values.get(name, {}), dict):
-                raise ValueError(f"{name} is no object")
-        return cls(**values)
 
 
 class Run:
@@ -183,8 +107,12 @@ class Run:
         return tuple(n for n in self.layers if type(count) is not int or n < count)
 
     def tokens(self, prompt: str) -> "torch.Tensor":
-        """Return the tokens of a prompt, int64 [T]."""
-        return self._tensor(self.path / TOKENS_FILE, prompt)
+        """Return the tokens of a prompt, int64 [T].
+
+        Raises:
+            CheckError: The run holds none.
+        """
+        return self._tensor(self.path / TOKENS_FILE, prompt, rank=1, whole=True)
 
     @property
     def has_logits(self) -> bool:
@@ -199,7 +127,7 @@ class Run:
         Raises:
             CheckError: The run holds none, or only the best of them.
         """
-        return self._tensor(self.path / LOGITS_FILE, prompt)
+        return self._tensor(self.path / LOGITS_FILE, prompt, rank=2)
 
     def top_logits(self, prompt: str) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":
         """Return the best logits [T, N], their tokens [T, N] and the log of the sum of all [T].
@@ -208,7 +136,16 @@ class Run:
             CheckError: The run holds no such logits.
         """
         file = self.path / LOGITS_FILE
-        values, tokens, total = (self._tensor(file, f"{prompt}/{part}") for part in TOP_PARTS)
+        names = [f"{prompt}/{part}" for part in TOP_PARTS]
+        values = self._tensor(file, names[0], rank=2)
+        tokens = self._tensor(file, names[1], rank=2, whole=True)
+        total = self._tensor(file, names[2], rank=1)
+        if not values.shape[1] or tokens.shape != values.shape or len(total) != len(values):
+            shapes = ", ".join(str(list(part.shape)) for part in (values, tokens, total))
+            raise CheckError(
+                f"{file}: the best logits of {prompt!r} have the shapes {shapes}; expected [T, N], "
+                "[T, N] and [T], N at least 1"
+            )
         return values, tokens, total
 
     def mtp_logits(self, layer: int, prompt: str) -> "torch.Tensor":
@@ -217,7 +154,7 @@ class Run:
         Raises:
             CheckError: The run holds none for the prompt.
         """
-        return self._tensor(mtp_folder(self.path, layer) / LOGITS_FILE, prompt)
+        return self._tensor(mtp_folder(self.path, layer) / LOGITS_FILE, prompt, rank=2)
 
     @property
     def has_final_hidden(self) -> bool:
@@ -230,7 +167,7 @@ class Run:
         Raises:
             CheckError: The run holds none.
         """
-        return self._tensor(self.path / FINAL_HIDDEN_FILE, prompt)
+        return self._tensor(self.path / FINAL_HIDDEN_FILE, prompt, rank=2)
 
     def points(self, layer: int) -> tuple[str, ...]:
         """Return the points recorded at a layer, in the order of the computation."""
@@ -242,9 +179,26 @@ class Run:
         """Return what was recorded at a point, one row a token.
 
         Raises:
-            CheckError: It was not recorded.
+            CheckError: It was not recorded, or cannot be what that point gives.
         """
-        return self._tensor(self.layer_file(layer), f"{prompt}/{point}")
+        file, name = self.layer_file(layer), f"{prompt}/{point}"
+        if point == ROUTER_EXPERTS:
+            return self._experts(file, prompt)
+        return self._tensor(file, name, rank=2 if point in POINTS else None)
+
+    def _experts(self, file: Path, prompt: str) -> "torch.Tensor":
+        name, scores = f"{prompt}/{ROUTER_EXPERTS}", f"{prompt}/{ROUTER_SCORES}"
+        experts = self._tensor(file, name, rank=2, whole=True)
+        with opened(file) as tensors:
+            shape = tensors.get_slice(scores).get_shape() if scores in tensors.keys() else []  # noqa: SIM118
+        counts = [self.info.config.get("n_routed_experts"), *shape[1:]]
+        last = min((n for n in counts if type(n) is int), default=MOST_EXPERTS) - 1
+        outside = experts[(experts < 0) | (experts > last)]
+        if outside.numel():
+            raise CheckError(
+                f"{file}: {name!r} holds expert {int(outside[0])}, expected 0 to {last}"
+            )
+        return experts
 
     def bounded(self, layer: int) -> frozenset[str]:
         """Return what the bounds of a layer are of, as `<prompt>/<point>/<dtype>`."""
@@ -255,25 +209,53 @@ class Run:
         """Return how far each token of a candidate of a dtype may lie off at a point, [T].
 
         Raises:
-            CheckError: It was not derived.
+            CheckError: It was not derived, or is none.
         """
-        return self._tensor(bounds_file(self.path, layer), f"{prompt}/{point}/{dtype}")
+        file, name = bounds_file(self.path, layer), f"{prompt}/{point}/{dtype}"
+        bound = self._tensor(file, name, rank=1, whole=point in (STRADDLES, SETTLED))
+        tokens = next(info.tokens for info in self.info.prompts if info.id == prompt)
+        if len(bound) != tokens or not bool((bound >= 0).all()):
+            raise CheckError(
+                f"{file}: {name!r} is no bound: expected a number from 0 on for each of "
+                f"{tokens} tokens"
+            )
+        return bound
 
     def layer_file(self, layer: int) -> Path:
         """Return where a layer's points lie."""
         return layer_file(self.path, layer)
 
-    def _tensor(self, file: Path, name: str) -> "torch.Tensor":
+    def _tensor(
+        self, file: Path, name: str, *, rank: int | None = None, whole: bool = False
+    ) -> "torch.Tensor":
+        """Read a tensor; with a rank, refuse it where that or the kind of number is another."""
         with opened(file) as tensors:
             if name not in tensors.keys():  # noqa: SIM118  (not a mapping)
                 held = ", ".join(sorted(tensors.keys())[:4])
                 raise CheckError(f"{file}: holds no {name!r}; it holds {held} …")
             tensor: torch.Tensor = tensors.get_tensor(name)
+        if rank is not None:
+            _require_form(f"{file}: {name!r}", tensor, rank, whole=whole)
         return tensor
 
     def _names(self, file: Path) -> list[str]:
         with opened(file) as tensors:
             return list(tensors.keys())
+
+
+def _require_form(where: str, tensor: "torch.Tensor", rank: int, *, whole: bool) -> None:
+    """Check what kind of numbers a tensor of a run holds, and in how many dimensions.
+
+    Raises:
+        CheckError: It is of another form.
+    """
+    kind = str(tensor.dtype).removeprefix("torch.")
+    fits = kind.startswith(("int", "uint")) if whole else tensor.is_floating_point()
+    if tensor.dim() != rank or not fits:
+        raise CheckError(
+            f"{where} is {kind} {list(tensor.shape)}, expected {'whole' if whole else 'real'} "
+            f"numbers in {rank} dimension{'s' if rank > 1 else ''}"
+        )
 
 
 def opened(file: Path) -> Any:

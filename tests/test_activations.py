@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from nvfp4check.activations import (
     PromptInfo,
     Run,
     RunInfo,
+    bounds_file,
     layer_file,
     leftovers,
     write_bytes,
@@ -21,7 +23,7 @@ from nvfp4check.activations import (
 )
 from nvfp4check.findings import CheckError
 
-FINISHED = {
+FINISHED: dict[str, Any] = {
     "schema": "nvfp4check/run/1",
     "complete": True,
     "prompts": [{"id": "a", "tokens": 1}],
@@ -70,12 +72,12 @@ def test_what_is_not_there_is_named(run: Path) -> None:
 def test_a_view_into_another_tensor_is_written_as_its_own_values(tmp_path: Path) -> None:
     whole = torch.arange(12.0).view(3, 4)
 
-    write_tensors(tmp_path / LOGITS_FILE, {"a": whole.T, "b": whole[:, 1]})
+    write_tensors(tmp_path / LOGITS_FILE, {"a": whole.T, "b": whole[:, 1:2]})
     write_info(tmp_path, RunInfo(prompts=(PromptInfo(id="a", tokens=4),), complete=True))
 
     opened = Run.open(tmp_path)
     assert torch.equal(opened.logits("a"), whole.T)
-    assert torch.equal(opened.logits("b"), whole[:, 1])
+    assert torch.equal(opened.logits("b"), whole[:, 1:2])
 
 
 @pytest.mark.parametrize(
@@ -86,6 +88,18 @@ def test_a_view_into_another_tensor_is_written_as_its_own_values(tmp_path: Path)
         *(
             (json.dumps({**FINISHED, field: []}), f"not a run: {field} is no object")
             for field in ("checkpoint", "config", "versions")
+        ),
+        *(
+            (json.dumps({**FINISHED, **wrong}), f"not a run: {message}")
+            for wrong, message in (
+                ({"prompts": FINISHED["prompts"] * 2}, "a prompt id occurs twice"),
+                ({"prompts": [{"id": "a", "tokens": 1, "text": 5}]}, "the text of a prompt"),
+                ({"dtype": ["float32"]}, "dtype is no text"),
+                ({"bounds": "float32"}, "bounds is no list"),
+                ({"bounds": [["float32"]]}, "bounds is no list"),
+                ({"inputs": [1]}, "inputs is no object"),
+                ({"mtp": "1"}, "mtp is no number"),
+            )
         ),
         ('{"schema": "nvfp4check/run/9"}', "expected 'nvfp4check/run/1'"),
         ('{"schema": "nvfp4check/run/1", "prompts": []}', "no list of prompts"),
@@ -124,6 +138,72 @@ def test_fields_of_a_later_version_are_left_aside(run: Path) -> None:
     (run / "run.json").write_text(json.dumps({**document, "moon_phase": "full"}))
 
     assert Run.open(run).info.prompts == PROMPTS
+
+
+@pytest.mark.parametrize(
+    ("point", "rows", "message"),
+    [
+        ("hidden", torch.ones(2), r"'a/b/hidden' is float32 \[2\], expected real numbers in 2"),
+        ("hidden", torch.ones(2, 3, dtype=torch.int32), "is int32"),
+        ("hidden", torch.ones(2, 3, dtype=torch.complex64), "is complex64"),
+        ("router_experts", torch.ones(2, 1), "expected whole numbers"),
+        ("router_experts", torch.tensor([[0], [-1]]), "holds expert -1, expected 0 to 3"),
+        ("router_experts", torch.tensor([[4], [0]]), "holds expert 4, expected 0 to 3"),
+    ],
+)
+def test_a_point_that_cannot_be_one_is_refused(
+    point: str, rows: torch.Tensor, message: str, run: Path
+) -> None:
+    scores = {"a/b/router_scores": torch.ones(2, 4)}
+    write_tensors(layer_file(run, 2), {**scores, f"a/b/{point}": rows})
+
+    with pytest.raises(CheckError, match=message):
+        Run.open(run).point(2, "a/b", point)
+
+
+def test_an_expert_that_run_json_has_not_is_refused(run: Path) -> None:
+    info = RunInfo(prompts=PROMPTS, complete=True, config={"n_routed_experts": 1})
+    write_info(run, info)
+
+    with pytest.raises(CheckError, match="holds expert 1, expected 0 to 0"):
+        Run.open(run).point(2, "a/b", "router_experts")
+
+
+@pytest.mark.parametrize(
+    "tokens", [torch.ones(2), torch.ones(1, 2, dtype=torch.int64), torch.tensor([True, False])]
+)
+def test_tokens_that_are_no_numbers_in_a_row_are_refused(tokens: torch.Tensor, run: Path) -> None:
+    write_tensors(run / TOKENS_FILE, {"a/b": tokens})
+
+    with pytest.raises(CheckError, match="expected whole numbers in 1 dimension"):
+        Run.open(run).tokens("a/b")
+
+
+@pytest.mark.parametrize(
+    ("values", "tokens", "total"),
+    [((2, 0), (2, 0), (2,)), ((2, 3), (2, 2), (2,)), ((2, 3),) * 2 + ((1,),)],
+)
+def test_best_logits_whose_parts_do_not_fit_are_refused(
+    values: tuple[int, ...], tokens: tuple[int, ...], total: tuple[int, ...], run: Path
+) -> None:
+    parts = {
+        "a/b/values": torch.zeros(values),
+        "a/b/tokens": torch.zeros(tokens, dtype=torch.int32),
+        "a/b/logsumexp": torch.zeros(total),
+    }
+    write_tensors(run / LOGITS_FILE, parts)
+
+    with pytest.raises(CheckError, match=r"expected \[T, N\], \[T, N\] and \[T\]"):
+        Run.open(run).top_logits("a/b")
+
+
+@pytest.mark.parametrize("wrong", [[float("nan"), 1.0], [-1.0, 1.0], [1.0]])
+def test_a_bound_that_nothing_could_exceed_is_refused(wrong: list[float], run: Path) -> None:
+    bound = {"a/b/hidden/float32": torch.tensor(wrong, dtype=torch.float64)}
+    write_tensors(bounds_file(run, 0), bound)
+
+    with pytest.raises(CheckError, match="expected a number from 0 on for each of 2 tokens"):
+        Run.open(run).bound(0, "a/b", "hidden", "float32")
 
 
 def test_a_broken_shard_of_a_run_is_refused(run: Path) -> None:

@@ -35,12 +35,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from nvfp4check.activations import ROUTER_EXPERTS
 from nvfp4check.agreement.bounds import Bounds, HeldBound
 from nvfp4check.agreement.layers import Place, PointAgreement
 from nvfp4check.agreement.routing import Flip, LayerRouting
 from nvfp4check.agreement.statistics import Estimate, estimate
 
-ROUTER_EXPERTS = "router_experts"
 #: Share of the errors and floors below what counts as high.
 HIGH_SHARE = 0.9
 

@@ -29,8 +29,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from nvfp4check.activations import HIDDEN, ROUTER_POINTS, Run, opened
+from nvfp4check.activations import HIDDEN, POINTS, ROUTER_POINTS, Run, opened
 from nvfp4check.agreement.layers import VALUE_POINTS, Skip, values
+from nvfp4check.findings import CheckError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,9 +71,19 @@ class Integrity:
 
 
 def held(run: Run, layer: int) -> dict[tuple[str, str], tuple[int, ...]]:
-    """Return the shape of what a run holds of a layer, by prompt and point."""
+    """Return the shape of what a run holds of a layer, by prompt and point.
+
+    Raises:
+        CheckError: A point is not one row a token.
+    """
     with opened(run.layer_file(layer)) as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    for name, shape in shapes.items():
+        if name.rpartition("/")[2] in POINTS and len(shape) != 2:
+            raise CheckError(
+                f"{run.layer_file(layer)}: {name!r} has the shape {list(shape)}, expected one row "
+                "for each token"
+            )
     split = ((name.rpartition("/"), shape) for name, shape in shapes.items())
     return {(prompt, point): shape for (prompt, _, point), shape in split}
 

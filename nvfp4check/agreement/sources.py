@@ -115,8 +115,18 @@ class Logits:
         except SafetensorError as error:
             raise CheckError(f"{path}: cannot be read as part of a run: {error}") from error
 
+    def _shape(self, stored: Any, name: str) -> list[int]:
+        """Return the shape of real numbers [T, D]."""
+        shape: list[int] = stored.get_shape()
+        if len(shape) != 2 or not shape[1] or not stored[:0].is_floating_point():
+            raise CheckError(
+                f"{self._run.path / name}: holds {stored.get_dtype()} {shape}, expected real "
+                "numbers, a row for each token"
+            )
+        return shape
+
     def _full(self, stored: Any) -> Full:
-        positions, vocabulary = stored.get_shape()
+        positions, vocabulary = self._shape(stored, LOGITS_FILE)
         block = max(1, BLOCK_ELEMENTS // max(1, vocabulary))
         return Full(positions, vocabulary, lambda first, stop: stored[first:stop], block)
 
@@ -126,6 +136,11 @@ class Logits:
         following = torch.full((len(logprobs),), torch.nan, dtype=torch.float64)
         if f"{prompt}/{FOLLOWING}" in self._names and self._stored is not None:
             following = self._stored.get_tensor(f"{prompt}/{FOLLOWING}").double()
+        if following.shape != total.shape:
+            raise CheckError(
+                f"{self._run.path / LOGITS_FILE}: {FOLLOWING} of {prompt!r} has the shape "
+                f"{list(following.shape)}, expected {list(total.shape)}"
+            )
         rows = TopRows(
             tokens=tokens.long(), logprobs=logprobs, following=following, ranked=tokens.shape[1]
         )
@@ -135,7 +150,7 @@ class Logits:
         if self._head is None:
             self._head = _StreamedHead(self._run, self._head_of, self._files)
         head = self._head
-        positions, width = stored.get_shape()
+        positions, width = self._shape(stored, FINAL_HIDDEN_FILE)
         if width != head.width:
             raise CheckError(
                 f"{self._run.path / FINAL_HIDDEN_FILE}: states of width {width}, but the head of "

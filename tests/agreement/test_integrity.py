@@ -10,6 +10,7 @@ from nvfp4check.activations import Run, layer_file, write_info, write_tensors
 from nvfp4check.agreement.agree import AgreeOptions, agree
 from nvfp4check.agreement.integrity import Integrity, check_runs, shift_of
 from nvfp4check.agreement.statistics import Decision
+from nvfp4check.findings import CheckError
 
 WriteRun = Callable[..., Run]
 Tensors = dict[int, dict[str, dict[str, torch.Tensor]]]
@@ -278,3 +279,28 @@ def test_a_run_that_promises_no_layers_is_not_missing_any(write_run: WriteRun) -
         candidate.layer_file(layer).unlink()
 
     assert check_runs(reference, Run.open(candidate.path), tuple(PROMPTS)).problems == []
+
+
+def test_a_point_without_rows_is_refused_by_name(write_run: WriteRun) -> None:
+    sound = write_run("sound", {0: {"hidden": {"p": torch.ones(3, 2)}}})
+    flat = write_run("flat", {0: {"hidden": {"p": torch.ones(3)}}})
+
+    with pytest.raises(CheckError, match=r"'p/hidden' has the shape \[3\], expected one row"):
+        agree(sound, flat)
+
+
+@pytest.mark.parametrize(
+    ("logits", "found"),
+    [
+        (torch.ones(3), r"F32 \[3\]"),
+        (torch.ones(3, 0), r"F32 \[3, 0\]"),
+        (torch.ones(3, 2, dtype=torch.int32), r"I32 \[3, 2\]"),
+    ],
+)
+def test_logits_that_are_none_are_refused(
+    logits: torch.Tensor, found: str, write_logits: WriteRun
+) -> None:
+    sound = write_logits("sound", {"p": torch.ones(3, 8)})
+
+    with pytest.raises(CheckError, match=f"holds {found}, expected real numbers"):
+        agree(sound, write_logits("flat", {"p": logits}))
