@@ -21,6 +21,7 @@ from nvfp4check.checkpoint.diff.through_fp8 import explain_by_roundings
 from nvfp4check.checkpoint.diff.values_pair import compare_values
 from nvfp4check.checkpoint.header import TensorEntry
 from nvfp4check.checkpoint.naming import Part, WeightFormat
+from nvfp4ref.formats import BLOCK_SIZE
 
 #: Bytes compared at a time.
 _PIECE = 1 << 21
@@ -243,7 +244,9 @@ def _shapes_differ(a: Operand, b: Operand) -> str:
     both_nvfp4 = a.format is b.format is WeightFormat.NVFP4
     if both_nvfp4 and a.shape[:-1] == b.shape[:-1]:
         for one, two, name in ((a, b, "b"), (b, a, "a")):
-            if two.shape[-1] == 2 * one.shape[-1]:
+            scales = two.weight.parts.get(Part.BLOCK_SCALES)
+            blocks = one.shape[-1] // BLOCK_SIZE
+            if two.shape[-1] == 2 * one.shape[-1] and scales and scales.shape[-1:] == (blocks,):
                 return f"twice the columns in {name}: its codes stand one a byte, not packed"
     return change
 

@@ -22,11 +22,9 @@ _TALL = FP8_BLOCK.block_shape[0]
 
 def name_values(a: Stored, b: Stored, found: Measured) -> str | None:
     """Say what distinguishes two weights of one format that is not NVFP4."""
-    for place, side in enumerate(("a", "b")):
-        if found.not_finite[place] and not found.not_finite[1 - place]:
-            return f"{found.not_finite[place]:,} elements of {side} are NaN or infinite"
-    if found.energy_a == 0 or found.energy_b == 0:
-        return f"every element of {'a' if found.energy_a == 0 else 'b'} is 0"
+    lost = _lost(found)
+    if lost is not None:
+        return lost
     left, right = Values(a), Values(b)
     for this, that, names in ((left, right, ("a", "b")), (right, left, ("b", "a"))):
         for what, change in _ELEMENTWISE:
@@ -39,8 +37,9 @@ def name_across(a: Stored, b: Stored, found: Measured) -> str | None:
     """Say what distinguishes two weights of different formats."""
     if found.beyond == 0:
         return None
-    if found.energy_a == 0 or found.energy_b == 0:
-        return f"every element of {'a' if found.energy_a == 0 else 'b'} is 0"
+    lost = _lost(found)
+    if lost is not None:
+        return lost
     left, right = Values(a), Values(b)
     said = _factor(left, right)
     if said is not None:
@@ -49,6 +48,18 @@ def name_across(a: Stored, b: Stored, found: Measured) -> str | None:
         if _bound_under(left, right, change):
             return f"b is a {what}"
     return _rows_moved(left, right)
+
+
+def _lost(found: Measured) -> str | None:
+    """Say which side holds no finite number where the other does, or nothing but zeros."""
+    for place, side in enumerate(("a", "b")):
+        if found.not_finite[place] and not found.not_finite[1 - place]:
+            return f"{found.not_finite[place]:,} elements of {side} are NaN or infinite"
+    for place, (side, energy) in enumerate((("a", found.energy_a), ("b", found.energy_b))):
+        if energy == 0:
+            finite = "finite " if found.not_finite[place] else ""
+            return f"every {finite}element of {side} is 0"
+    return None
 
 
 def _rounded(dtype: torch.dtype) -> Callable[[Array], Array]:

@@ -310,3 +310,50 @@ def test_a_head_that_the_embeddings_stand_for_is_explained(golden, tmp_path):
 
     assert found.cls is WeightClass.ONLY_IN_A
     assert found.diagnosis == "b takes its embeddings for it: tie_word_embeddings"
+
+
+NAME = "model.layers.0.mlp.down_proj"
+
+
+def written(folder, tensors):
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def of_nvfp4(columns, scale_columns=None):
+    scales = torch.full((32, scale_columns or columns // 16), 0.5).to(torch.float8_e4m3fn)
+    return {
+        f"{NAME}.weight": torch.full((32, columns // 2), 0x21, dtype=torch.uint8),
+        f"{NAME}.weight_scale": scales,
+        f"{NAME}.weight_scale_2": torch.tensor(1.0),
+    }
+
+
+@pytest.mark.parametrize(
+    ("wide", "said"),
+    [
+        (of_nvfp4(128), "shape [32, 64] becomes [32, 128]"),
+        (of_nvfp4(128, 4), "twice the columns in b: its codes stand one a byte, not packed"),
+    ],
+)
+def test_twice_the_columns_are_unpacked_codes_only_under_as_many_scales(tmp_path, wide, said):
+    [diff] = compare(written(tmp_path / "a", of_nvfp4(64)), written(tmp_path / "b", wide)).weights
+
+    assert (diff.cls, diff.diagnosis) == (WeightClass.SHAPE_CHANGED, said)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (torch.inf, "2,048 elements of a are NaN or infinite"),
+        (0.0, "every element of a is 0"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, None])
+def test_infinities_are_not_told_for_zeros(tmp_path, value, said, dtype):
+    a = {f"{NAME}.weight": torch.full((32, 64), value, dtype=torch.bfloat16)}
+    b = of_nvfp4(64) if dtype is None else {f"{NAME}.weight": torch.ones(32, 64, dtype=dtype)}
+    [diff] = compare(written(tmp_path / "a", a), written(tmp_path / "b", b)).weights
+
+    assert diff.diagnosis == said
