@@ -25,7 +25,7 @@ def judge_norms(
     changed = {name for name, copy in copies.items() if copy.how == Copied.DIFFERENT}
     feeds: dict[str, list[str]] = defaultdict(list)
     for name, weight in checkpoint.weights.items():
-        norm = norm_before(weight.module)
+        norm = norm_before(weight.module, checkpoint.weights)
         if norm in changed and name == f"{weight.module}.weight":
             feeds[norm].append(name)
     judged, unknown = dict(copies), []

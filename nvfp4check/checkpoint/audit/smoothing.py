@@ -14,6 +14,7 @@ Contract:
 """
 
 import re
+from collections.abc import Container
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,16 +32,17 @@ _STORED_ROUNDINGS = 4
 _NORM_ROUNDINGS = 5
 
 _MLP = r"(?:mlp|block_sparse_moe)\.(?:experts\.\d+\.|shared_experts?\.)?"
-#: Linears, and the norm whose output they multiply.
+#: Linears, and the norms whose output they may multiply: the first one that is there.
 _FED_BY = tuple(
-    (re.compile(linears), norm)
-    for linears, norm in (
+    (re.compile(linears), norms)
+    for linears, *norms in (
         (
             r"(.*)\.self_attn\.(?:q_a_proj|kv_a_proj_with_mqa|q_proj|k_proj|v_proj|qkv_proj)",
             r"\1.input_layernorm",
         ),
         (
             rf"(.*)\.{_MLP}(?:gate_proj|up_proj|gate_up_proj|w1|w3|gate|shared_expert_gate)",
+            r"\1.pre_feedforward_layernorm",  # of Gemma 2, where the other ends the attention
             r"\1.post_attention_layernorm",
         ),
         (r"(.*\.self_attn)\.q_b_proj", r"\1.q_a_layernorm"),
@@ -92,12 +94,13 @@ class Smoothing:
         return roundings * (ROUNDOFF[dtype] + 3 * ROUNDOFF[torch.float32])
 
 
-def norm_before(module: str) -> str | None:
+def norm_before(module: str, weights: Container[str]) -> str | None:
     """Name the weight of the norm whose output a linear multiplies, None where none is known."""
-    for linears, norm in _FED_BY:
+    for linears, norms in _FED_BY:
         match = linears.fullmatch(module)
         if match is not None:
-            return f"{match.expand(norm)}.weight"
+            names = (f"{match.expand(norm)}.weight" for norm in norms)
+            return next((name for name in names if name in weights), None)
     return None
 
 
@@ -123,7 +126,7 @@ class Smoothings:
         scale = weight.parts.get(Part.PRE_QUANT_SCALE)
         if scale is not None:
             Smoothing(scale).factors(*self._readers, columns)
-        norm = self._norm_of(norm_before(weight.module), columns)
+        norm = self._norm_of(norm_before(weight.module, self._checkpoint.weights), columns)
         if scale is None and norm is None:
             return None
         return Smoothing(scale, norm, self._offset)

@@ -82,6 +82,8 @@ def audit(tmp_path: Path) -> Callable[..., ValidationResult]:
         smooth: Change | None = None,
         stored: Change | None = None,
         dtype: torch.dtype = torch.bfloat16,
+        written: Callable[[Tensors], Tensors] = lambda tensors: tensors,
+        architecture: str = "LlamaForCausalLM",
         **more: Any,
     ) -> ValidationResult:
         base = base_weights(dtype)
@@ -105,10 +107,10 @@ def audit(tmp_path: Path) -> Callable[..., ValidationResult]:
         for folder, content in (("ours", tensors), ("base", theirs)):
             (tmp_path / folder).mkdir(exist_ok=True)
             save_file(
-                {n: t.contiguous() for n, t in content.items()},
+                {n: t.contiguous() for n, t in written(content).items()},
                 tmp_path / folder / "model.safetensors",
             )
-            config = {"architectures": ["LlamaForCausalLM"]}
+            config = {"architectures": [architecture]}
             (tmp_path / folder / "config.json").write_text(json.dumps(config))
         options = ValidationOptions(
             base=open_checkpoint(tmp_path / "base"),
@@ -246,3 +248,27 @@ def test_a_smoothed_norm_is_a_gap_where_no_linear_behind_it_was_sampled(
         assert (result.verdict is Verdict.INCOMPLETE) == bool(norms)
         gaps += len(norms)
     assert gaps
+
+
+@pytest.mark.parametrize(
+    ("architecture", "passes"), [("Gemma2ForCausalLM", True), ("LlamaForCausalLM", False)]
+)
+def test_norms_that_multiply_by_one_more_than_their_weight_are_read_so(
+    audit: Callable[..., ValidationResult], architecture: str, passes: bool
+) -> None:
+    """As Gemma 2 names and stores them; its post_attention_layernorm feeds no linear."""
+
+    def gemma(tensors: Tensors) -> Tensors:
+        changed = dict(tensors)
+        before = changed.pop(f"{POST_NORM}.weight")
+        changed[f"{LAYER}.pre_feedforward_layernorm.weight"] = before - 1
+        changed[f"{INPUT_NORM}.weight"] = changed[f"{INPUT_NORM}.weight"] - 1
+        changed[f"{POST_NORM}.weight"] = torch.ones(128)
+        return changed
+
+    result = audit(dtype=torch.float32, written=gemma, architecture=architecture)
+
+    assert (result.findings == ()) is passes
+    assert result.audit is not None
+    ways = {result.audit.weights[f"{name}.weight"].way for name in (*QKV, *GATE_UP)}
+    assert ("smoothed-by-the-norm" in ways) is passes
