@@ -11,7 +11,7 @@ Contract of the verdict:
                 whether the two runs are equal bit for bit
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -108,6 +108,7 @@ def agree(reference: Run, candidate: Run, options: AgreeOptions | None = None) -
     prompts, missing = common_prompts(reference, candidate)
     integrity = check_runs(reference, candidate, prompts)
     integrity.problems.extend(missing)
+    integrity.problems.extend(_without_layers(reference, candidate, options))
     others = (*options.noise, options.forced, options.versus)
     for other in (run for run in others if run is not None):
         common_prompts(reference, other)
@@ -187,6 +188,19 @@ def common_prompts(reference: Run, candidate: Run) -> tuple[tuple[str, ...], lis
         if prompt not in other.prompts
     ]
     return both, problems
+
+
+def _without_layers(reference: Run, candidate: Run, options: AgreeOptions) -> Iterator[Problem]:
+    """Find that no layer can be compared, where the verdict would rest on layers."""
+    asked = options.judge is Judge.AUTO and not options.limited
+    if asked and reference.own_layers and not candidate.own_layers:
+        yield Problem(
+            kind="missing",
+            run="candidate",
+            message=f"no layer was recorded, and the reference has {len(reference.own_layers)}; "
+            "with limits (--max-kl, --min-top1) logits are judged alone",
+            fatal=False,
+        )
 
 
 def _require_same_checkpoint(option: str, run: Run, whose: str, other: Run) -> None:

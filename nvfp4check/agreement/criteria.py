@@ -53,6 +53,11 @@ class AgreeOptions:
     head: str | None = None
     seed: int = 0
 
+    @property
+    def limited(self) -> bool:
+        """Whether limits on logits are given, which are then all that is judged."""
+        return self.max_kl is not None or self.min_top1 is not None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Criterion:
@@ -90,8 +95,7 @@ def criteria_of(
         found.append(_broken("activations without NaN or infinity", spoilt))
     if options.judge is Judge.NONE:
         return found
-    limited = options.max_kl is not None or options.min_top1 is not None
-    if limited and logits is None:
+    if options.limited and logits is None:
         raise CheckError("--max-kl and --min-top1 judge logits, and a run holds none")
     if logits is not None and options.max_kl is not None:
         decision = decide_at_most(logits.kl, options.max_kl, options.alpha)
@@ -102,7 +106,7 @@ def criteria_of(
     if logits is not None and options.min_top1 is not None:
         decision = decide_at_least(logits.top1, options.min_top1, options.alpha)
         found.append(_limit("top-1 agreement", decision, logits.top1, options.min_top1, options))
-    if limited:
+    if options.limited:
         return found
     if bounds.points:
         found.append(_plain(BOUNDS_CRITERION, _within_bounds(held, bounds)))

@@ -122,6 +122,11 @@ def criterion_sentence(criterion: Mapping[str, Any], alpha: float) -> str:
         return f"{text}; too few positions to be sure of anything"
     low, high = (number(bound, form) for bound in bounds)
     sure = f"with {100 * (1 - alpha):.4g} % confidence"
+    if criterion["decision"] == "undecided" and not share and bounds[1] <= criterion["limit"]:
+        return (
+            f"{text}; {sure} at most {high}, but KL is known from below only, for the best tokens "
+            "alone are known: that a limit is kept takes full logits"
+        )
     if criterion["decision"] == "undecided":
         return f"{text}; {sure} each way between {low} and {high}, which more prompts would narrow"
     passes = criterion["decision"] == "pass"

@@ -281,6 +281,19 @@ def test_a_run_that_promises_no_layers_is_not_missing_any(write_run: WriteRun) -
     assert check_runs(reference, Run.open(candidate.path), tuple(PROMPTS)).problems == []
 
 
+def test_layers_that_only_the_reference_has_are_missed_unless_logits_are_judged_alone(
+    write_logits: WriteRun,
+) -> None:
+    reference, candidate = (write_logits(name, {"p": torch.eye(3)}) for name in ("a", "b"))
+    write_tensors(layer_file(reference.path, 0), {"p/hidden": torch.eye(3)})
+
+    (missed,) = agree(Run.open(reference.path), candidate).skipped
+    limited = agree(Run.open(reference.path), candidate, AgreeOptions(max_kl=0.1))
+
+    assert missed.message.startswith("no layer was recorded, and the reference has 1")
+    assert limited.skipped == ()
+
+
 def test_a_point_without_rows_is_refused_by_name(write_run: WriteRun) -> None:
     sound = write_run("sound", {0: {"hidden": {"p": torch.ones(3, 2)}}})
     flat = write_run("flat", {0: {"hidden": {"p": torch.ones(3)}}})

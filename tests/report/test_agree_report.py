@@ -252,6 +252,7 @@ def test_what_is_open_is_told_with_both_bounds_and_a_remedy() -> None:
     assert "between 0.3 and 0.7, which more prompts" in criterion_sentence(
         {**criterion, "bounds": [0.3, 0.7]}, 0.05
     )
+    assert "known from below only" in criterion_sentence({**criterion, "bounds": [0.3, 0.55]}, 0.05)
     assert "too few positions" in criterion_sentence({**criterion, "bounds": None}, 0.05)
 
 
