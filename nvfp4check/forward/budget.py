@@ -73,7 +73,9 @@ def _bounds(lengths: list[int], config: DeepseekV3Config, arithmetics: int) -> i
     stream = 10 * config.hidden_size
     attention = heads * (3 * config.qk_head_dim + 2 * config.v_head_dim)
     errors = tokens * (stream + attention + 4 * inner)
-    return torch.float64.itemsize * (errors * (1 + KINDS * arithmetics) + SCORES_AT_ONCE)
+    # kv_b_proj as it is folded into queries and outputs, its squares, and what it is made from.
+    folded = 3 * heads * (config.qk_nope_head_dim + config.v_head_dim) * config.kv_lora_rank
+    return torch.float64.itemsize * (errors * (1 + KINDS * arithmetics) + folded + SCORES_AT_ONCE)
 
 
 def _activations(lengths: list[int], config: DeepseekV3Config, itemsize: int) -> int:

@@ -39,7 +39,7 @@ import torch
 
 from nvfp4check.findings import CheckError
 from nvfp4check.tolerance import EPILOGUE_ROUNDINGS, Accumulator, Facts, Probabilistic, Rounding
-from nvfp4ref.rounding import PRECISION, SMALLEST_SUBNORMAL
+from nvfp4ref.rounding import PRECISION, SMALLEST_SUBNORMAL, UNIT_ROUNDOFF
 
 #: Standard deviations that a bound allows.
 DEVIATIONS = Probabilistic().factor
@@ -137,6 +137,12 @@ class Roundings:
         one = rounding_variance(values, torch.float32)
         own = one if self.reference.facts.accumulator is Accumulator.FLOAT32 else 0 * one
         return self._random([times * (one + own)] * len(self.declared))
+
+    def of_weights(self, squares: torch.Tensor) -> torch.Tensor:
+        """Return what weights rounded to the dtype add to sums of terms with these squares."""
+        own = UNIT_ROUNDOFF[self.reference.dtype] ** 2 / 3
+        units = [UNIT_ROUNDOFF[side.dtype] ** 2 / 3 for side in self.declared]
+        return self._random([(unit + own) * squares for unit in units])
 
     def of_functions(self, values: torch.Tensor, times: int = 1) -> torch.Tensor:
         """Return what so many elementary functions add, each the factor of a value."""

@@ -1,4 +1,4 @@
-"""Errors through causal attention of one prompt, in its direct form.
+"""Errors through causal attention of one prompt, in its direct and its absorbed form.
 
 T tokens, H heads, N = qk_nope_head_dim, R = qk_rope_head_dim, V = v_head_dim; p the weights of a
 row, s its scores, o its output; sums over the keys j that a query sees.
@@ -16,22 +16,24 @@ Contract, to first order  do = sum_j p_j (ds_j - mean ds) (v_j - o) + sum_j p_j 
                     all keys: they are then held as what is in q is, and values by sum_j p_j var v_j
     row             the denominator's sum and the division are common to a row
     own             the sum over keys and one rounding to the dtype
-
-The absorbed form rounds elsewhere (queries in the latent space, the weighted latent); it is not
-what is bounded here.
+    either form     engines unfold keys and values to prefill and decode in the latent space. Both
+                    are correct: of each score's and of each output's variances the larger is taken,
+                    as above or as in `absorbed`. What is in q and what rounds p_j and the row are
+                    the same in both
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from nvfp4check.forward.bounds.arithmetic import Roundings
+from nvfp4check.forward.bounds.absorbed import Absorbed
 from nvfp4check.forward.bounds.uncertain import Uncertain, split_last, through_matrix
 from nvfp4ref.deepseek_v3.attention import SCORES_AT_ONCE
 from nvfp4ref.deepseek_v3.config import DeepseekV3Config
 
-#: Matrices as large as the scores that are alive at once, for each declared arithmetic.
-_ALIVE = 24
+#: Matrices as large as the scores, or the queries in the latent space, that are alive at once, for
+#: each declared arithmetic.
+_ALIVE = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +57,21 @@ def attended(
     q_nope: Uncertain,
     q_rope: Uncertain,
     unfolded: Uncertain,
-    k_rope: Uncertain,
+    absorbed: Absorbed,
     config: DeepseekV3Config,
-    roundings: Roundings,
     *,
     shared_weights: bool,
 ) -> Uncertain:
     """Return the error of the heads' outputs [T, H V] of one prompt.
 
-    q_nope is [T, H N], q_rope [T, H R], unfolded [T, H (N + V)], k_rope [T, R].
+    q_nope is [T, H N], q_rope [T, H R], unfolded [T, H (N + V)].
     """
-    rows = _rows(q_nope, q_rope, unfolded, k_rope, config)
+    rows = _rows(q_nope, q_rope, unfolded, absorbed.k_rope, config)
     heads, tokens = rows.q.shape[:2]
-    step = max(1, SCORES_AT_ONCE // (heads * tokens * _ALIVE * len(roundings)))
+    widest = max(tokens, config.kv_lora_rank)
+    step = max(1, SCORES_AT_ONCE // (heads * widest * _ALIVE * len(absorbed.roundings)))
     parts = [
-        _some(rows, slice(start, min(start + step, tokens)), config, roundings, shared_weights)
+        _some(rows, slice(start, min(start + step, tokens)), absorbed, shared_weights)
         for start in range(0, tokens, step)
     ]
     value, variance, common = (
@@ -118,12 +120,12 @@ def _rows(
 def _some(
     rows: Rows,
     part: slice,
-    config: DeepseekV3Config,
-    roundings: Roundings,
+    absorbed: Absorbed,
     shared_weights: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return output [H, t, V], variance [A, KINDS, H, t, V], common [A, KINDS, H, t] of queries."""
-    scale, seen = config.softmax_scale, slice(0, part.stop)
+    scale, roundings = absorbed.softmax_scale, absorbed.roundings
+    seen = slice(0, part.stop)
     width = rows.k_nope.shape[-1]
     q, v = rows.q[:, part], rows.v[:, seen]
     k_nope, k_rope = rows.k_nope[:, seen], rows.k_rope[:, seen]
@@ -150,10 +152,14 @@ def _some(
         + roundings.of_internal(scores, 2)  # scaled, and less the row's largest
         + roundings.of_functions(torch.ones_like(scores))
     )
+    own_scores, of_latent_query, of_latent_key = absorbed.scores(q, seen)
+    of_latent_query = of_query + of_latent_query
     if shared_weights:
         of_query, of_key = of_query + of_key, own
     else:
         of_key = of_key + own
+    of_query = torch.maximum(of_query, of_latent_query)
+    of_key = torch.maximum(of_key, of_latent_key)
 
     p2, v2 = p.square(), v.square()
     spread = (p @ v2 - out.square()).clamp(min=0.0)
@@ -162,10 +168,13 @@ def _some(
     variance = variance + (
         weighted @ v2 - 2 * out * (weighted @ v) + out.square() * weighted.sum(-1, keepdim=True)
     ).clamp(min=0.0)
-    variance = variance + (p if shared_weights else p2) @ rows.v_variance[..., seen, :]
     variance = variance + roundings.of_output(p) @ v2
-    variance = through_matrix(variance, torch.ones_like(out))
-    variance = variance + roundings.of_sum(part.stop, out, p2 @ v2) + roundings.of_output(out)
+    of_values = (p if shared_weights else p2) @ rows.v_variance[..., seen, :]
+    direct = through_matrix(of_values, torch.ones_like(out))
+    direct = direct + roundings.of_sum(part.stop, out, p2 @ v2) + roundings.of_output(out)
+    own_p = own_scores.masked_fill(later, float("-inf")).softmax(dim=-1)
+    either = torch.maximum(direct, absorbed.output(p, own_p, v, out))
+    variance = through_matrix(variance, torch.ones_like(out)) + either
     ones = torch.ones_like(out[..., 0])
     common = roundings.of_sum(part.stop, ones, ones) + roundings.of_internal(ones, 2)
     return out, variance, common

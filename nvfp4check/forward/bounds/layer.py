@@ -20,6 +20,7 @@ import torch
 
 from nvfp4check.activations import HIDDEN
 from nvfp4check.forward.bounds import straddles
+from nvfp4check.forward.bounds.absorbed import Absorbed, Halves
 from nvfp4check.forward.bounds.arithmetic import FRESH_RANDOM, Roundings
 from nvfp4check.forward.bounds.attention import attended
 from nvfp4check.forward.bounds.linear import Operands, SquaringLinear, through
@@ -79,6 +80,7 @@ class LayerBounds:
         self._stored = x
         self._at: dict[str, Uncertain] = {}
         self._prompt = 0
+        self._halves: Halves | None = None
         self._heads: list[Uncertain] = []
         self._experts: torch.Tensor | None = None
         self._rows: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -157,7 +159,7 @@ class LayerBounds:
         tokens = self._tokens_of(role)
         self.straddles[:, tokens] += passed.straddles
         if role == "kv_b_proj":
-            self._attend(passed.output, shared_weights=linear.input().weight_rounds)
+            self._attend(passed.output, given, linear)
         if role.endswith("down_proj"):
             self._down(role, passed.output)
 
@@ -209,9 +211,10 @@ class LayerBounds:
         self.straddles[:, self._tokens_of("kv_b_proj")] += kept.straddles
         return kept.value
 
-    def _attend(self, unfolded: Uncertain, *, shared_weights: bool) -> None:
+    def _attend(self, unfolded: Uncertain, latent: Uncertain, kv_b_proj: SquaringLinear) -> None:
         """Compute the attention of the prompt at hand, and go on to the next."""
-        config = self._config
+        config, roundings = self._config, self._roundings
+        halves = self._halves or Halves.of(kv_b_proj, config)
         tokens = self._tokens_of("kv_b_proj")
         name = "q_proj" if self._plain.self_attn.q_proj is not None else "q_b_proj"
         q = self._at[name].rows(tokens)
@@ -221,19 +224,19 @@ class LayerBounds:
             Uncertain(q.value[:, part], q.variance[..., part], q.common) for part in (nope, ~nope)
         )
         positions = torch.arange(len(q.value), device=q.value.device)
-        q_rope = rotated(q_rope, positions, config.rotary, self._roundings)
+        q_rope = rotated(q_rope, positions, config.rotary, roundings)
         self._heads.append(
             attended(
                 q_nope,
                 q_rope,
                 unfolded,
-                self._key,
+                Absorbed(halves, latent, self._key, config.softmax_scale, roundings),
                 config,
-                self._roundings,
-                shared_weights=shared_weights,
+                shared_weights=kv_b_proj.input().weight_rounds,
             )
         )
         self._prompt += 1
+        self._halves = halves if self._prompt < len(self._lengths) else None
 
     def _tokens_of(self, role: str) -> slice | torch.Tensor:
         """Return the tokens that a product has rows for."""

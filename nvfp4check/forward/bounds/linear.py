@@ -25,11 +25,10 @@ from typing import Protocol
 import torch
 
 from nvfp4check.forward.bounds import straddles
-from nvfp4check.forward.bounds.arithmetic import FRESH_RANDOM, Roundings
+from nvfp4check.forward.bounds.arithmetic import Roundings
 from nvfp4check.forward.bounds.uncertain import Uncertain, through_matrix
 from nvfp4ref.formats import E4M3
 from nvfp4ref.fp8 import SMALLEST_SCALE
-from nvfp4ref.rounding import UNIT_ROUNDOFF
 
 
 class InputForm(StrEnum):
@@ -131,9 +130,7 @@ def through(
     inherited = through_matrix(inherited, gain(value, own_squares))
     local = roundings.of_sum(x.value.shape[-1], value, own_squares) + roundings.of_output(value)
     if form.weight_rounds:
-        units = [UNIT_ROUNDOFF[side.dtype] ** 2 / 3 for side in roundings.declared]
-        own = UNIT_ROUNDOFF[roundings.reference.dtype] ** 2 / 3
-        local[:, FRESH_RANDOM] += torch.stack([(unit + own) * own_squares for unit in units])
+        local = local + roundings.of_weights(own_squares)
     none = torch.zeros(len(roundings), len(value), dtype=torch.int64)
     counted = none if quantised is None else quantised.straddles
     return Passed(Uncertain(value, inherited + local, taken.common), counted)

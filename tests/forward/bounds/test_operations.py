@@ -1,10 +1,12 @@
 """Errors through each operation, against errors that were put in: inside, and not by far."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
+from nvfp4check.forward.bounds.absorbed import Absorbed, Halves
 from nvfp4check.forward.bounds.arithmetic import (
     DEVIATIONS,
     DIRECTED_RANDOM,
@@ -150,43 +152,67 @@ def test_directed_errors_are_amplified_as_values_are() -> None:
     assert (along.norm(dim=-1) > independent.bound[0]).all()
 
 
-@pytest.mark.parametrize("what", ["q", "k", "v", "rope"])
+def attention_of(
+    heads: int, q: torch.Tensor, unfolded: torch.Tensor, k: torch.Tensor
+) -> torch.Tensor:
+    """The direct form, q [T, H 24] of heads that have 16 and 8 rotated, k [T, 8]."""
+    both = unfolded.unflatten(-1, (heads, -1))
+    keys = torch.cat((both[..., :16], k[:, None].expand(-1, heads, -1)), dim=-1)
+    q = q.unflatten(-1, (heads, -1))
+    return reference_attention._causal(q, keys, both[..., 16:], CONFIG.softmax_scale).flatten(1)
+
+
+def folded(weight: torch.Tensor) -> Halves:
+    """kv_b_proj [H 40, C] as the absorbed form has it."""
+    keys, values = weight.unflatten(0, (-1, 40)).split((16, 24), dim=1)
+    return Halves(keys, values, keys.square(), values.square(), rounds=False, quantised=False)
+
+
+@pytest.mark.parametrize("what", ["q", "k", "v", "rope", "latent"])
 def test_attention_errs_by_queries_keys_and_values(what: str) -> None:
     heads, tokens = CONFIG.num_attention_heads, 12
+    weight = normal(heads * 40, 32, seed=13) / 32**0.5
     parts = {
-        "q_nope": normal(tokens, heads * 16, seed=11),
-        "q_rope": normal(tokens, heads * 8, seed=12),
-        "unfolded": normal(tokens, heads * 40, seed=13),
-        "k_rope": normal(tokens, 8, seed=14),
+        "q": normal(tokens, heads * 24, seed=11),
+        "latent": normal(tokens, 32, seed=12),
+        "rope": normal(tokens, 8, seed=14),
     }
-    which = {"q": "q_nope", "k": "unfolded", "v": "unfolded", "rope": "k_rope"}[what]
+    parts["unfolded"] = parts["latent"] @ weight.T
+    which = {"k": "unfolded", "v": "unfolded"}.get(what, what)
     column = torch.arange(heads * 40) % 40
     moving = {
         "k": (column < 16).double(),
         "v": (column >= 16).double(),
     }.get(what, torch.ones(parts[which].shape[-1]).double())
 
-    def output(**given: torch.Tensor) -> torch.Tensor:
-        values = {**parts, **given}
-        both = values["unfolded"].unflatten(-1, (heads, -1))
-        q = torch.cat([values[n].unflatten(-1, (heads, -1)) for n in ("q_nope", "q_rope")], dim=-1)
-        k = torch.cat((both[..., :16], values["k_rope"][:, None].expand(-1, heads, -1)), dim=-1)
-        return reference_attention._causal(q, k, both[..., 16:], CONFIG.softmax_scale).flatten(1)
+    def output(error: torch.Tensor) -> torch.Tensor:
+        values = {**parts, which: parts[which] + error}
+        if what == "latent":
+            values["unfolded"] = values["latent"] @ weight.T
+        return attention_of(heads, values["q"], values["unfolded"], values["rope"])
 
     uncertain = {name: Uncertain.exactly(value, 1) for name, value in parts.items()}
     uncertain[which].variance[0, FRESH_RANDOM] = (SIGMA * parts[which] * moving).square()
+    if what == "latent":  # the direct form has it from there
+        through = uncertain["latent"].variance @ weight.square().T
+        uncertain["unfolded"] = uncertain["unfolded"].plus(through)
+    nope = torch.arange(heads * 24) % 24 < 16
+    q_nope, q_rope = (
+        replace(uncertain["q"], value=parts["q"][:, at], variance=uncertain["q"].variance[..., at])
+        for at in (nope, ~nope)
+    )
+    absorbed = Absorbed(
+        folded(weight), uncertain["latent"], uncertain["rope"], CONFIG.softmax_scale, ROUNDINGS
+    )
 
-    found = attended(**uncertain, config=CONFIG, roundings=ROUNDINGS, shared_weights=False)
+    found = attended(q_nope, q_rope, uncertain["unfolded"], absorbed, CONFIG, shared_weights=False)
 
-    assert torch.allclose(found.value, output())
-    noise = {seed: SIGMA * normal(*parts[which].shape, seed=seed) for seed in range(SAMPLES)}
+    assert torch.allclose(found.value, output(torch.zeros_like(parts[which])))
+    shape = parts[which].shape
+    noise = {seed: SIGMA * normal(*shape, seed=1000 + seed) for seed in range(SAMPLES)}
     # The first token sees one key: whatever its score, its output is that key's value.
     rest = found.rows(slice(1, None))
-    assert_holds(
-        rest,
-        lambda seed: output(**{which: parts[which] * (1 + noise[seed] * moving)})[1:],
-        least=0.01,
-    )
+    assert_holds(rest, lambda seed: output(parts[which] * noise[seed] * moving)[1:], least=0.01)
 
 
 def test_what_a_router_chooses_within_the_reach_of_its_scores_is_called_settled() -> None:
