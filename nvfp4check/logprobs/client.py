@@ -44,7 +44,13 @@ class Client:
     clock: Callable[[], float] = time.time
 
     def __post_init__(self) -> None:
-        """Refuse an address that cannot be asked, or would be kept with a password in it."""
+        """Refuse what cannot be sent, and an address that would be kept with a password in it."""
+        # Said here and without the key: the library that refuses such a header shows it.
+        if any(not "!" <= character <= "~" for character in self.api_key or ""):
+            raise CheckError(
+                "--api-key-env: the key holds a space, a line break or a letter beyond ASCII, "
+                "which no header can carry; see what the variable was set to"
+            )
         try:
             parts = urlsplit(self.base_url)
             sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -96,6 +102,7 @@ class Client:
         opener = urllib.request.build_opener(_NoRedirection)
         for attempt in range(self.retries + 1):
             wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2**attempt)
+            content = b""
             try:
                 with opener.open(request, timeout=self.timeout) as response:
                     content = response.read(_LONGEST_ANSWER)
@@ -110,7 +117,7 @@ class Client:
                 raise CheckError(f"--base-url {self.base_url!r}: {error}") from None
             except (OSError, HTTPException) as error:  # URLError, timeouts, a connection cut off
                 message = str(getattr(error, "reason", error)) or type(error).__name__
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 if content.lstrip().startswith(b"<"):
                     raise CheckError(
                         f"{request.full_url}: answers with a page in place of JSON; is this the "
@@ -160,7 +167,7 @@ def _reason(error: urllib.error.HTTPError) -> str:
         return str(error.reason)
     try:
         document = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return " ".join(text.split())[:300] or str(error.reason)
     inner = document.get("error", document) if isinstance(document, dict) else document
     message = inner.get("message", inner) if isinstance(inner, dict) else inner

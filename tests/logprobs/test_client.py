@@ -157,6 +157,22 @@ def test_the_key_is_sent_and_never_shown(scripted: Any) -> None:
     assert "sk-1234" not in repr(asking)
 
 
+@pytest.mark.parametrize("key", ["sk-1234\n", "sk 1234", "sk-12\u20ac34"])
+def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(scripted: Any, key: str) -> None:
+    with pytest.raises(CheckError, match="--api-key-env") as refused:
+        client(scripted, api_key=key)
+
+    assert "12" not in str(refused.value)
+
+
+@pytest.mark.parametrize("status", [200, 400])
+def test_an_answer_nested_too_deep_is_an_error(scripted: Any, status: int) -> None:
+    scripted.answer({"status": status, "body": b"[" * 4000})
+
+    with pytest.raises(CheckError, match=r"no JSON|HTTP 400"):
+        client(scripted, retries=0).get("/v1/models")
+
+
 def test_without_a_key_none_is_sent(scripted: Any) -> None:
     scripted.answer(GOOD)
 
