@@ -39,8 +39,8 @@ _POSITIVE = np.array(e4m3.MAGNITUDES)
 _NUMBERS = np.concatenate([-_POSITIVE[:0:-1], _POSITIVE])
 _MIDDLES = (_NUMBERS[:-1] + _NUMBERS[1:]) / 2
 _MAX = E4M3.max
-#: Half a unit of bfloat16 over the number.
-_BFLOAT16 = 2.0**-9
+#: Half a unit of bfloat16 over the number, at most: that of a power of two.
+_BFLOAT16 = 2.0**-8
 #: Rows that are looked at before all.
 _FIRST_ROWS = 4
 #: Mantissa bits that float32 has and bfloat16 has not.

@@ -160,3 +160,27 @@ def test_a_rounding_to_bfloat16_on_the_way_is_named(golden, tmp_path):
     assert diff.cls is WeightClass.REQUANTIZED
     assert diff.beyond > 0
     assert "to bfloat16 on the way" in diff.diagnosis
+
+
+def test_the_largest_rounding_to_bfloat16_is_granted(golden, tmp_path):
+    """Just above a power of two half a unit is the largest part of a number, 2**-8.
+
+    The number lies above the tie of its block, and below that of the other after it is rounded.
+    """
+    x = torch.full((16, COLUMNS), 1 + 2.0**-8 - 2.0**-12)
+    x[:, ::16] = 2.40625  # 6 under a block scale of 1
+    sides = []
+    for name, values, tie in (
+        ("exact", x, 1 + 2.0**-8 - 2.0**-11),
+        ("rounded", x.bfloat16(), 1 + 2.0**-11),
+    ):
+        scale = torch.tensor(tie / 2.5)
+        packed, scales = nvfp4.quantize(values, scale, Convention.MODELOPT)
+        made = packing.unpack(packed).numpy(), scales.view(torch.uint8).numpy(), float(scale)
+        sides.append(checkpoint(golden, tmp_path / name, made))
+
+    diff = diff_checkpoints(*sides, DiffOptions()).weights[0]
+
+    assert diff.beyond == 16 * COLUMNS * 15 // 16
+    assert diff.cls is WeightClass.REQUANTIZED
+    assert "to bfloat16 on the way" in diff.diagnosis
