@@ -142,8 +142,12 @@ def _encoded(prompt: Prompt, tokens: list[int]) -> Prompt:
     return Prompt(id=prompt.id, text=prompt.text, tokens=tuple(tokens))
 
 
-def _encoder(storage: Storage) -> Any:
-    """Return a function from text to tokens, from the tokenizer of a checkpoint."""
+def load_tokenizer(storage: Storage) -> Any:
+    """Return the tokenizer of a checkpoint.
+
+    Raises:
+        CheckError: It has none, or none that can be read, or the library is not installed.
+    """
     if TOKENIZER_FILE not in storage.list():
         raise CheckError(
             f"{storage.location}: no {TOKENIZER_FILE}, so text cannot become tokens; "
@@ -158,10 +162,14 @@ def _encoder(storage: Storage) -> Any:
         ) from None
     source = _read(storage, TOKENIZER_FILE)
     try:
-        tokenizer = Tokenizer.from_str(source)
+        return Tokenizer.from_str(source)
     except Exception as error:  # the library raises bare Exception for a bad file
         raise CheckError(f"{storage.location}/{TOKENIZER_FILE}: {error}") from error
-    begin = _begin_token(storage)
+
+
+def _encoder(storage: Storage) -> Any:
+    """Return a function from text to tokens, from the tokenizer of a checkpoint."""
+    tokenizer, begin = load_tokenizer(storage), _begin_token(storage)
 
     def encode(text: str) -> list[int]:
         try:

@@ -40,7 +40,7 @@ from nvfp4check.logprobs.dialects import (
     detect,
     read_answers,
 )
-from nvfp4check.tokens import TOKENIZER_FILE, Prompt, tokenize
+from nvfp4check.tokens import Prompt, load_tokenizer, tokenize
 
 ANSWERS_FOLDER = "answers"
 
@@ -119,13 +119,7 @@ def _texts(tokenizer: str | None) -> TokenOfText:
     """Return a function from a token's text to its id, where one token alone has that text."""
     if tokenizer is None:
         return lambda text: None
-    from tokenizers import Tokenizer
-
-    storage = open_checkpoint(tokenizer).storage
-    if TOKENIZER_FILE not in storage.list():
-        raise CheckError(f"{tokenizer}: no {TOKENIZER_FILE}")
-    source = storage.read(TOKENIZER_FILE, 0, storage.list()[TOKENIZER_FILE])
-    loaded = Tokenizer.from_str(source.decode("utf-8"))
+    loaded = load_tokenizer(open_checkpoint(tokenizer).storage)
     ids: dict[str, int | None] = {}
     for token in range(loaded.get_vocab_size()):
         text = loaded.decode([token], skip_special_tokens=False)
@@ -144,9 +138,11 @@ def _answers(
     if file.is_file():
         try:
             kept = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(kept, dict) or not isinstance(kept.get("answers", []), list):
+                raise ValueError("no object with answers")
         except (OSError, ValueError) as error:
             raise CheckError(f"{file}: cannot be read: {error}; delete it to ask again") from error
-        if kept.get("requests") != digest:
+        if kept.get("requests") != digest or "answers" not in kept:
             raise CheckError(
                 f"{file}: answers to other requests (another prompt, server, model or --top); give "
                 "a new directory"

@@ -33,6 +33,9 @@ _TOKEN_ID = "token_id:"
 #: Text that is one token of any vocabulary and a whole character.
 _LETTER = "a"
 
+#: Ids of tokens are kept as int32.
+_MOST_TOKENS = 1 << 31
+
 #: A sum of probabilities may exceed 1 by rounding: 2,000 terms, each off by 2**-24.
 _SUM_SLACK = 2000 * 2.0**-24
 
@@ -58,9 +61,10 @@ def detect(client: Client, model: str) -> Server:
     """
     document = client.get("/v1/models")
     listed = document.get("data") if isinstance(document, dict) else None
-    models = [entry for entry in listed or [] if isinstance(entry, dict)]
+    entries = listed if isinstance(listed, list) else []
+    models = [entry for entry in entries if isinstance(entry, dict)]
     names = [str(entry["id"]) for entry in models if "id" in entry]
-    aliases = {alias for entry in models for alias in (entry.get("root"), *_aliases(entry))}
+    aliases = {alias for entry in models for alias in (str(entry.get("root")), *_aliases(entry))}
     if names and model not in aliases.union(names) and model.partition(":")[0] not in names:
         raise CheckError(
             f"{client.root}: serves {', '.join(names[:5])}{' …' if len(names) > 5 else ''}, not "
@@ -326,6 +330,9 @@ def _checked(
     for position, row in enumerate(rows):
         if any(math.isnan(value) or value > 0 for value in row.values()):
             raise ValueError(f"position {position}: a log-probability is NaN or above 0")
+        strange = [token for token in row if not 0 <= token < _MOST_TOKENS]
+        if strange:
+            raise ValueError(f"position {position}: {strange[0]} is no id of a token")
         total = math.fsum(math.exp(value) for value in row.values())
         if total > 1 + _SUM_SLACK or not row:
             raise ValueError(

@@ -218,7 +218,9 @@ def test_answers_to_other_requests_are_not_taken_for_these(server: Replay, tmp_p
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b'{"requests": "5', b"\xff"], ids=["empty", "cut", "bytes"]
+    "content",
+    [b"", b'{"requests": "5', b"\xff", b"[]", b'{"answers": 5}'],
+    ids=["empty", "cut", "bytes", "list", "number"],
 )
 def test_kept_answers_that_are_damaged_are_named(
     server: Replay, tmp_path: Path, content: bytes
@@ -247,12 +249,23 @@ def test_the_key_is_sent_and_written_nowhere(server: Replay, tmp_path: Path) -> 
     assert not any(b"hunter2" in path.read_bytes() for path in written)
 
 
+def _renamed(token: str) -> Callable[[dict[str, Any]], None]:
+    def rename(choice: dict[str, Any]) -> None:
+        row = choice["prompt_logprobs"][1]
+        other = next(name for name in row if name != "41")
+        row[token] = row.pop(other)
+
+    return rename
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
         (lambda c: c["prompt_logprobs"].append(c["prompt_logprobs"][-1]), "9 positions for 8"),
         (lambda c: c["prompt_logprobs"][1].pop("41"), "token 41 was sent"),
         (lambda c: c["prompt_logprobs"][1]["41"].update(logprob=0.5), "NaN or above 0"),
+        (_renamed("-1"), "position 0: -1 is no id"),
+        (_renamed(str(1 << 31)), "position 0: 2147483648 is no id"),
         (
             lambda c: [e.update(logprob=-0.1) for e in c["prompt_logprobs"][1].values()],
             "probabilities of 21 tokens sum to",
@@ -260,7 +273,16 @@ def test_the_key_is_sent_and_written_nowhere(server: Replay, tmp_path: Path) -> 
         (lambda c: c.update(prompt_logprobs=None), "no prompt_logprobs"),
         (lambda c: c.pop("logprobs"), "not of the form"),
     ],
-    ids=["begin-token", "other-token", "not-a-logprob", "sum", "disabled", "form"],
+    ids=[
+        "begin-token",
+        "other-token",
+        "not-a-logprob",
+        "negative",
+        "large",
+        "sum",
+        "disabled",
+        "form",
+    ],
 )
 def test_an_answer_that_cannot_be_is_refused(
     edit: Callable[[dict[str, Any]], None], message: str

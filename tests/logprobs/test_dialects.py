@@ -264,8 +264,16 @@ def test_a_model_that_is_not_served_is_an_error_that_names_those_that_are(script
         detect(Client(base_url=scripted.url), "tinny")
 
 
-@pytest.mark.parametrize("document", [[], {}, {"data": None}, {"data": [3]}, {"data": []}])
+@pytest.mark.parametrize(
+    "document", [[], {}, {"data": None}, {"data": [3]}, {"data": []}, {"data": 5}]
+)
 def test_a_list_of_no_models_says_nothing(scripted: Any, document: Any) -> None:
     scripted.answer(*bodies(document))
+
+    assert detect(Client(base_url=scripted.url), "m") is Server.OPENAI
+
+
+def test_a_model_described_in_another_form_is_found_by_its_id(scripted: Any) -> None:
+    scripted.answer(*bodies({"data": [{"id": "m", "root": ["x"], "aliases": [{}]}]}))
 
     assert detect(Client(base_url=scripted.url), "m") is Server.OPENAI
