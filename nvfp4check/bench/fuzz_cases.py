@@ -55,8 +55,7 @@ _TINY: dict[str, Any] = {
     "norm_topk_prob": True,
     "routed_scaling_factor": 2.5,
     "vocab_size": 64,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
+    "tie_word_embeddings": False, "attention_bias": False,
     "rope_theta": 10000,
     "rope_scaling": {
         "type": "yarn", "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32,

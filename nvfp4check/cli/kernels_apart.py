@@ -41,7 +41,7 @@ def asked_apart(question: Question, seconds: float | None = None) -> list[Record
     while True:
         lost = {one for one, count in deaths.items() if count >= MOST_DEATHS}
         told = list(_told(question, known, lost, seconds))
-        death = told[-1].get("death")
+        death = told[-1].get("death") if told else None
         if death is None:
             return told
         run, begun = _learn(told, known)
@@ -94,6 +94,8 @@ def _told(
                 death = f"did not come back within {seconds:g} s"
                 break
             record = json.loads(line)
+            if "done" in record:
+                return
             if "refused" in record:
                 raise CheckError(record["refused"])
             if "internal" in record:
@@ -105,9 +107,7 @@ def _told(
     finally:
         os.close(reading)
         _, status = os.waitpid(child, 0)
-    death = death or _death(os.waitstatus_to_exitcode(status))
-    if death is not None:
-        yield {"death": death}
+    yield {"death": death or _death(os.waitstatus_to_exitcode(status))}
 
 
 def _lines(reading: int, seconds: float | None) -> Iterator[bytes | None]:
@@ -125,13 +125,7 @@ def _lines(reading: int, seconds: float | None) -> Iterator[bytes | None]:
         yield from whole
 
 
-#: Exit code by which a child says that it has told everything.
-_DONE = 117
-
-
-def _death(code: int) -> str | None:
-    if code == _DONE:
-        return None
+def _death(code: int) -> str:
     if code == _INTERRUPTED:
         return "raised KeyboardInterrupt"
     if code < 0:
@@ -143,21 +137,20 @@ def _answer(
     question: Question, known: Mapping[Key, Record], lost: Collection[tuple[str, str]], writing: int
 ) -> NoReturn:
     """Be the child: tell every record, and end without what an ordinary end would run."""
-    code = 1
+    code = 0
     try:
         os.dup2(2, 1)
         sys.stdout = sys.stderr
         for record in asked(question, known, lost):
             _tell(writing, record)
-        code = _DONE
+        # A kernel may end the process with any exit code, so that none says this.
+        _tell(writing, {"done": True})
     except CheckError as error:
         _tell(writing, {"refused": str(error)})
-        code = _DONE
     except KeyboardInterrupt:
         code = _INTERRUPTED
     except Exception:  # the border of the process: the parent says it
         _tell(writing, {"internal": traceback.format_exc()})
-        code = _DONE
     finally:
         sys.stderr.flush()
         os._exit(code)

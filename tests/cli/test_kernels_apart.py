@@ -27,6 +27,10 @@ def leaves() -> None:
     os._exit(5)
 
 
+def leaves_as_if_done() -> None:
+    os._exit(0)
+
+
 def crashes() -> None:
     signal.signal(signal.SIGSEGV, signal.SIG_DFL)
     ctypes.string_at(0)
@@ -78,6 +82,7 @@ def ask(monkeypatch: pytest.MonkeyPatch, laws: dict[str, object]) -> None:
     ("law", "message"),
     [
         (leaves, "the kernel's process ended with exit code 5"),
+        (leaves_as_if_done, "the kernel's process ended with exit code 0"),
         (crashes, "the kernel's process was ended by SIGSEGV"),
         (interrupts, "the kernel's process raised KeyboardInterrupt"),
     ],
