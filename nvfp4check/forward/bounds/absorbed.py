@@ -5,18 +5,18 @@ W_k [N, C] and W_v [V, C] the halves of kv_b_proj of a head, c_j the latents, p_
 row; u = q_nope W_k, w = sum_j p_j c_j; s_j = u . c_j + q_rope . k_rope_j, o = W_v w.
 
 Contract, where it differs from the direct form (`attention`):
-    query    u: its sum of N terms, one rounding to the dtype, and the weights where they are
-             rounded. This moves all scores of a row together: var s = c**2 (var u)
-    keys     independent from key to key: var s = u**2 (var c) + q_rope**2 (var k_rope), times the
-             gain of C + R terms. What an FP8 cache changes in c and k_rope, both forms see
-    scores   a sum of C + R terms; to the dtype the two products, their sum, and that scaled
-    values   W_v**2 (sum_j p_j**2 var c_j), and what is common to c_j times v_j**2
-    output   w: its sum over keys and one rounding to the dtype, W_v**2 (var w): of the mean of the
-             latents, so it does not average out over keys; then a sum of C terms, the weights where
-             they are rounded, one to the dtype
-    input    kv_b_proj may quantise its input; the absorbed form has none to quantise, and weights
-             that are rounded to the dtype. How far its output lies from the direct one's is then
-             known, element by element, and held as a bounded error
+    inherited  both forms are one function of q, c_j and k_rope_j: what is off in these, by an FP8
+               cache too, moves scores and outputs alike, and is derived in the direct form
+    query      u: its sum of N terms, one rounding to the dtype, and the weights where they are
+               rounded. This moves all scores of a row together: var s = c**2 (var u)
+    scores     a sum of C + R terms; to the dtype the two products, their sum, and that scaled
+    output     w: its sum over keys and one rounding to the dtype, W_v**2 (var w): of the mean of
+               the latents, so it does not average out over keys; then a sum of C terms, the weights
+               where they are rounded, one to the dtype
+    input      kv_b_proj may quantise its input; the absorbed form has none to quantise, and weights
+               that are rounded to the dtype. How far its output lies from the direct one's is then
+               known, element by element, and held as a bounded error; keys and values inherit the
+               larger of what is off in the latent and what that becomes in codes
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ import torch
 
 from nvfp4check.forward.bounds.arithmetic import FRESH_BOUNDED, Roundings
 from nvfp4check.forward.bounds.linear import InputForm, SquaringLinear, gain
-from nvfp4check.forward.bounds.uncertain import Uncertain, through_matrix
+from nvfp4check.forward.bounds.uncertain import through_matrix
 from nvfp4ref.deepseek_v3.config import DeepseekV3Config
 
 
@@ -39,6 +39,7 @@ class Halves:
     of_values: torch.Tensor
     of_keys_squared: torch.Tensor
     of_values_squared: torch.Tensor
+    rope_width: int
     #: Whether they are rounded to the dtype of the activations.
     rounds: bool
     #: Whether the direct form quantises what this one does not.
@@ -60,6 +61,7 @@ class Halves:
             of_values=by_head[:, nope:],
             of_keys_squared=squares[:, :nope],
             of_values_squared=squares[:, nope:],
+            rope_width=config.qk_rope_head_dim,
             rounds=quantised or form.weight_rounds,
             quantised=quantised,
         )
@@ -70,71 +72,53 @@ class Absorbed:
     """One prompt's attention with keys and values left in the latent space."""
 
     halves: Halves
-    #: [T, C], as the cache gives it back.
-    latent: Uncertain
-    #: [T, R], rotated.
-    k_rope: Uncertain
+    #: float64 [T, C], as the cache gives it back.
+    latent: torch.Tensor
     softmax_scale: float
     roundings: Roundings
 
     def scores(
-        self, q: torch.Tensor, seen: slice
+        self, q_nope: torch.Tensor, rope: torch.Tensor, rope_squares: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the scores [H, t, S] of queries [H, t, N + R], and their variances.
+        """Return scores [H, t, S], and the variances that rounding queries and scores adds to them.
 
-        The first, [A, KINDS, H, t, S], is of the query beyond what is in q itself, the second of
-        the keys and of the scores' own roundings.
+        q_nope is [H, t, N]; rope [H, t, S] the rotated part of the scores, rope_squares the sum of
+        its terms' squares.
         """
         scale2, roundings = self.softmax_scale**2, self.roundings
-        nope_width = self.halves.of_keys.shape[1]
-        q_nope, q_rope = q[..., :nope_width], q[..., nope_width:]
-        latent, k_rope = self.latent.rows(seen), self.k_rope.rows(seen)
+        width, latent = q_nope.shape[-1], self.latent[: rope.shape[-1]]
         u = q_nope @ self.halves.of_keys  # (H, t, C)
         terms = q_nope.square() @ self.halves.of_keys_squared
-        u_variance = roundings.of_sum(nope_width, u, terms) + roundings.of_output(u)
+        u_variance = roundings.of_sum(width, u, terms) + roundings.of_output(u)
         u_variance = u_variance + self._of_weights(terms)
 
-        nope = u @ latent.value.T * self.softmax_scale
-        rope = q_rope @ k_rope.value.T * self.softmax_scale
-        scores = nope + rope
-        u2, q2, c2 = u.square(), q_rope.square(), latent.value.square()
-        squares = (u2 @ c2.T + q2 @ k_rope.value.square().T) * scale2
+        nope = u @ latent.T * self.softmax_scale
+        scores, c2 = nope + rope, latent.square()
+        squares = u.square() @ c2.T * scale2 + rope_squares
         amplified = (scores.square() / squares).nan_to_num(1.0).clamp(min=1.0)
-        of_query = through_matrix(u_variance @ c2.T * scale2, amplified)
-        of_key = torch.einsum("htc,aksc->akhts", u2, latent.variance)
-        of_key = of_key + torch.einsum("htr,aksr->akhts", q2, k_rope.variance)
-        of_key = through_matrix(of_key * scale2, amplified)
-        of_key = of_key + latent.common[:, :, None, None] * nope.square()
-        of_key = of_key + k_rope.common[:, :, None, None] * rope.square()
+        of_query = through_matrix(_times(u_variance, c2.T * scale2), amplified)
         own = (
-            roundings.of_sum(latent.value.shape[-1] + q_rope.shape[-1], scores, squares)
+            roundings.of_sum(latent.shape[-1] + self.halves.rope_width, scores, squares)
             + roundings.of_output(nope)
             + roundings.of_output(rope)
             + roundings.of_output(scores, 2)
             + roundings.of_internal(scores, 2)  # scaled, and less the row's largest
             + roundings.of_functions(torch.ones_like(scores))
         )
-        return scores, of_query, of_key + own
+        return scores, of_query, own
 
-    def output(
-        self, p: torch.Tensor, own_p: torch.Tensor, v: torch.Tensor, out: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the variance [A, KINDS, H, t, V] of what is summed and rounded after the weights.
+    def output(self, p: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Return the variance [A, KINDS, H, t, V] that is added after the weights.
 
-        p [H, t, S] are the direct form's weights, own_p this one's, v [H, S, V] the direct form's
-        values and out its output.
+        p [H, t, S] are the weights of the absorbed form, out the output of the direct one.
         """
         roundings, squares = self.roundings, self.halves.of_values_squared.mT
-        latent = self.latent.rows(slice(0, p.shape[-1]))
-        p2 = p.square()
-        w = own_p @ latent.value  # (H, t, C)
-        w_variance = torch.einsum("hts,aksc->akhtc", p2, latent.variance)
-        w_variance = w_variance + roundings.of_sum(p.shape[-1], w, p2 @ latent.value.square())
+        latent = self.latent[: p.shape[-1]]
+        w = p @ latent  # (H, t, C)
+        w_variance = roundings.of_sum(p.shape[-1], w, p.square() @ latent.square())
         w_variance = w_variance + roundings.of_output(w)
         terms = w.square() @ squares
-        variance = through_matrix(w_variance @ squares, gain(out, terms))
-        of_tokens = (p2 * latent.common[:, :, None, None]) @ v.square()
-        variance = variance + through_matrix(of_tokens, torch.ones_like(out))
+        variance = through_matrix(_times(w_variance, squares), gain(out, terms))
         variance = variance + roundings.of_sum(w.shape[-1], out, terms) + roundings.of_output(out)
         variance = variance + self._of_weights(terms)
         if self.halves.quantised:
@@ -144,3 +128,12 @@ class Absorbed:
     def _of_weights(self, terms: torch.Tensor) -> torch.Tensor:
         """Return what rounding the weights adds to sums of these squares, [A, KINDS, ...]."""
         return self.roundings.of_weights(terms) if self.halves.rounds else terms.new_zeros(())
+
+
+def _times(variance: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+    """Return variances [A, KINDS, H, t, C] times squares [C, *] or [H, C, *]."""
+    out = variance.new_zeros(*variance.shape[:-1], squares.shape[-1])
+    for of_kind, product in zip(variance.flatten(0, 1), out.flatten(0, 1), strict=True):
+        if of_kind.any():  # what is rounded is of few kinds
+            product.copy_(of_kind @ squares)
+    return out

@@ -17,9 +17,8 @@ Contract, to first order  do = sum_j p_j (ds_j - mean ds) (v_j - o) + sum_j p_j 
     row             the denominator's sum and the division are common to a row
     own             the sum over keys and one rounding to the dtype
     either form     engines unfold keys and values to prefill and decode in the latent space. Both
-                    are correct: of each score's and of each output's variances the larger is taken,
-                    as above or as in `absorbed`. What is in q and what rounds p_j and the row are
-                    the same in both
+                    are correct: what only one rounds is counted, and where both round a score or
+                    an output, the larger of the variances, as above or as in `absorbed`
 """
 
 from dataclasses import dataclass
@@ -57,6 +56,7 @@ def attended(
     q_nope: Uncertain,
     q_rope: Uncertain,
     unfolded: Uncertain,
+    k_rope: Uncertain,
     absorbed: Absorbed,
     config: DeepseekV3Config,
     *,
@@ -64,9 +64,9 @@ def attended(
 ) -> Uncertain:
     """Return the error of the heads' outputs [T, H V] of one prompt.
 
-    q_nope is [T, H N], q_rope [T, H R], unfolded [T, H (N + V)].
+    q_nope is [T, H N], q_rope [T, H R], unfolded [T, H (N + V)], k_rope [T, R].
     """
-    rows = _rows(q_nope, q_rope, unfolded, absorbed.k_rope, config)
+    rows = _rows(q_nope, q_rope, unfolded, k_rope, config)
     heads, tokens = rows.q.shape[:2]
     widest = max(tokens, config.kv_lora_rank)
     step = max(1, SCORES_AT_ONCE // (heads * widest * _ALIVE * len(absorbed.roundings)))
@@ -139,7 +139,8 @@ def _some(
 
     k2 = torch.cat((k_nope, k_rope), dim=-1).square()
     q2 = q.square()
-    squares = q2 @ k2.mT * scale**2
+    rope_squares = q2[..., width:] @ k2[..., width:].mT * scale**2
+    squares = q2[..., :width] @ k2[..., :width].mT * scale**2 + rope_squares
     gain = (scores.square() / squares).nan_to_num(1.0).clamp(min=1.0)
     of_query = through_matrix(rows.q_variance[..., part, :] @ k2.mT * scale**2, gain)
     of_query = of_query + rows.q_common[:, :, None, part, None] * scores.square()
@@ -152,14 +153,15 @@ def _some(
         + roundings.of_internal(scores, 2)  # scaled, and less the row's largest
         + roundings.of_functions(torch.ones_like(scores))
     )
-    own_scores, of_latent_query, of_latent_key = absorbed.scores(q, seen)
-    of_latent_query = of_query + of_latent_query
+    absorbed_scores, of_latent_query, absorbed_own = absorbed.scores(
+        q[..., :width], rope, rope_squares
+    )
+    own = torch.maximum(own, absorbed_own)
     if shared_weights:
         of_query, of_key = of_query + of_key, own
     else:
         of_key = of_key + own
-    of_query = torch.maximum(of_query, of_latent_query)
-    of_key = torch.maximum(of_key, of_latent_key)
+    of_query = of_query + of_latent_query
 
     p2, v2 = p.square(), v.square()
     spread = (p @ v2 - out.square()).clamp(min=0.0)
@@ -168,13 +170,12 @@ def _some(
     variance = variance + (
         weighted @ v2 - 2 * out * (weighted @ v) + out.square() * weighted.sum(-1, keepdim=True)
     ).clamp(min=0.0)
+    variance = variance + (p if shared_weights else p2) @ rows.v_variance[..., seen, :]
     variance = variance + roundings.of_output(p) @ v2
-    of_values = (p if shared_weights else p2) @ rows.v_variance[..., seen, :]
-    direct = through_matrix(of_values, torch.ones_like(out))
-    direct = direct + roundings.of_sum(part.stop, out, p2 @ v2) + roundings.of_output(out)
-    own_p = own_scores.masked_fill(later, float("-inf")).softmax(dim=-1)
-    either = torch.maximum(direct, absorbed.output(p, own_p, v, out))
-    variance = through_matrix(variance, torch.ones_like(out)) + either
+    variance = through_matrix(variance, torch.ones_like(out))
+    direct = roundings.of_sum(part.stop, out, p2 @ v2) + roundings.of_output(out)
+    absorbed_p = absorbed_scores.masked_fill(later, float("-inf")).softmax(dim=-1)
+    variance = variance + torch.maximum(direct, absorbed.output(absorbed_p, out))
     ones = torch.ones_like(out[..., 0])
     common = roundings.of_sum(part.stop, ones, ones) + roundings.of_internal(ones, 2)
     return out, variance, common

@@ -23,7 +23,7 @@ from nvfp4check.forward.bounds import straddles
 from nvfp4check.forward.bounds.absorbed import Absorbed, Halves
 from nvfp4check.forward.bounds.arithmetic import FRESH_RANDOM, Roundings
 from nvfp4check.forward.bounds.attention import attended
-from nvfp4check.forward.bounds.linear import Operands, SquaringLinear, through
+from nvfp4check.forward.bounds.linear import InputForm, Operands, SquaringLinear, through
 from nvfp4check.forward.bounds.pointwise import gated, norm, residual, rotated
 from nvfp4check.forward.bounds.routing import (
     ExpertSum,
@@ -159,7 +159,7 @@ class LayerBounds:
         tokens = self._tokens_of(role)
         self.straddles[:, tokens] += passed.straddles
         if role == "kv_b_proj":
-            self._attend(passed.output, given, linear)
+            self._attend(self._unfolded(passed.output, linear, given), given.value, linear)
         if role.endswith("down_proj"):
             self._down(role, passed.output)
 
@@ -211,7 +211,24 @@ class LayerBounds:
         self.straddles[:, self._tokens_of("kv_b_proj")] += kept.straddles
         return kept.value
 
-    def _attend(self, unfolded: Uncertain, latent: Uncertain, kv_b_proj: SquaringLinear) -> None:
+    def _unfolded(
+        self, direct: Uncertain, kv_b_proj: SquaringLinear, latent: Uncertain
+    ) -> Uncertain:
+        """Return keys and values with what either form of attention inherits from the latent."""
+        form = kv_b_proj.input()
+        if form.form is InputForm.PLAIN:
+            return direct
+        plain = replace(form, form=InputForm.PLAIN, encode=None)
+        folded = through(
+            kv_b_proj, latent, direct.value, self._roundings, self._operands, plain
+        ).output
+        return Uncertain(
+            direct.value,
+            torch.maximum(direct.variance, folded.variance),
+            torch.maximum(direct.common, folded.common),
+        )
+
+    def _attend(self, unfolded: Uncertain, latent: torch.Tensor, kv_b_proj: SquaringLinear) -> None:
         """Compute the attention of the prompt at hand, and go on to the next."""
         config, roundings = self._config, self._roundings
         halves = self._halves or Halves.of(kv_b_proj, config)
@@ -230,7 +247,8 @@ class LayerBounds:
                 q_nope,
                 q_rope,
                 unfolded,
-                Absorbed(halves, latent, self._key, config.softmax_scale, roundings),
+                self._key,
+                Absorbed(halves, latent, config.softmax_scale, roundings),
                 config,
                 shared_weights=kv_b_proj.input().weight_rounds,
             )

@@ -112,10 +112,18 @@ class Operands:
 
 
 def through(
-    linear: SquaringLinear, x: Uncertain, y: torch.Tensor, roundings: Roundings, operands: Operands
+    linear: SquaringLinear,
+    x: Uncertain,
+    y: torch.Tensor,
+    roundings: Roundings,
+    operands: Operands,
+    form: Input | None = None,
 ) -> Passed:
-    """Return the error of y [M, N], the product of x with the linear's weight."""
-    form = linear.input()
+    """Return the error of y [M, N], the product of x with the linear's weight.
+
+    `form` is how the input is taken where that is not the linear's own way.
+    """
+    form = form or linear.input()
     if form.pre_quant_scale is not None:
         scale = form.pre_quant_scale.double()
         scaled = Uncertain(x.value * scale, x.variance * scale.square(), x.common)

@@ -79,9 +79,9 @@ def heads_shifted(*given: Any) -> torch.Tensor:
     return absorbed(*given).roll(1, dims=1)
 
 
-def no_scores(self: Absorbed, q: torch.Tensor, seen: slice) -> tuple[torch.Tensor, ...]:
-    scores, of_query, of_key = REAL_SCORES(self, q, seen)
-    return scores, torch.zeros_like(of_query), torch.zeros_like(of_key)
+def no_scores(self: Absorbed, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    scores, of_query, own = REAL_SCORES(self, *given)
+    return scores, torch.zeros_like(of_query), torch.zeros_like(own)
 
 
 def no_output(self: Absorbed, *given: torch.Tensor) -> torch.Tensor:
@@ -201,15 +201,15 @@ def test_a_weighted_latent_that_the_values_cancel_needs_the_bound_of_the_absorbe
     unfolded = torch.einsum("sc,hnc->shn", latent, torch.cat((w_k, w_v), dim=1)).flatten(1)
     config = replace(TINY_CONFIG, num_attention_heads=heads, kv_lora_rank=rank)
     roundings = Roundings([Declared.of_candidate("bfloat16")], Declared.of_reference(torch.float64))
-    halves = Halves(w_k, w_v, w_k.square(), w_v.square(), rounds=False, quantised=False)
+    halves = Halves(w_k, w_v, w_k.square(), w_v.square(), 16, rounds=False, quantised=False)
     nothing = Uncertain.exactly(torch.zeros(tokens, 16), 1)
     q_nope = Uncertain.exactly(torch.zeros(tokens, heads * 32), 1)
     q_rope = Uncertain.exactly(torch.zeros(tokens, heads * 16), 1)
     exact = Uncertain.exactly(unfolded, 1).plus(roundings.of_output(unfolded))
-    form = Absorbed(halves, Uncertain.exactly(latent, 1), nothing, 1.0, roundings)
+    form = Absorbed(halves, latent, 1.0, roundings)
 
     def bound() -> torch.Tensor:
-        return attended(q_nope, q_rope, exact, form, config, shared_weights=False).bound[0]
+        return attended(q_nope, q_rope, exact, nothing, form, config, shared_weights=False).bound[0]
 
     later = torch.ones(tokens, tokens).triu(1).bool()
     p = torch.zeros(tokens, tokens).double().masked_fill(later, float("-inf")).softmax(-1)

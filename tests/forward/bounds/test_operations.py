@@ -165,7 +165,7 @@ def attention_of(
 def folded(weight: torch.Tensor) -> Halves:
     """kv_b_proj [H 40, C] as the absorbed form has it."""
     keys, values = weight.unflatten(0, (-1, 40)).split((16, 24), dim=1)
-    return Halves(keys, values, keys.square(), values.square(), rounds=False, quantised=False)
+    return Halves(keys, values, keys.square(), values.square(), 8, rounds=False, quantised=False)
 
 
 @pytest.mark.parametrize("what", ["q", "k", "v", "rope", "latent"])
@@ -201,11 +201,12 @@ def test_attention_errs_by_queries_keys_and_values(what: str) -> None:
         replace(uncertain["q"], value=parts["q"][:, at], variance=uncertain["q"].variance[..., at])
         for at in (nope, ~nope)
     )
-    absorbed = Absorbed(
-        folded(weight), uncertain["latent"], uncertain["rope"], CONFIG.softmax_scale, ROUNDINGS
-    )
+    absorbed = Absorbed(folded(weight), parts["latent"], CONFIG.softmax_scale, ROUNDINGS)
 
-    found = attended(q_nope, q_rope, uncertain["unfolded"], absorbed, CONFIG, shared_weights=False)
+    found = attended(
+        *(q_nope, q_rope, uncertain["unfolded"], uncertain["rope"], absorbed, CONFIG),
+        shared_weights=False,
+    )
 
     assert torch.allclose(found.value, output(torch.zeros_like(parts[which])))
     shape = parts[which].shape
