@@ -11,7 +11,8 @@ Contract:
     dtype       that of the candidate's run.json, or the next coarser one that bounds are there for
     applies     not to a candidate of another checkpoint, mode or cache, nor to one with noise:
                 what it should compute is something else
-    held        ||c_t - r_t|| <= bound_t at every golden token; one that exceeds it is a divergence
+    held        ||c_t - r_t|| <= bound_t at every golden token; one that exceeds it is a divergence.
+                An infinite bound holds nothing: its token counts as not compared
     experts     where the candidate chose others than the reference: a divergence if the reach of
                 the scores leaves no other choice; else legal, and the token has no bound at
                 router_weights, mlp_output and hidden. So has a token whose choice may change and
@@ -209,7 +210,7 @@ class _Holding:
             bound = self._reference.bound(point.layer, prompt, point.point, self._dtype)[:count]
             pair = values(self._reference, self._candidate, point.layer, prompt, point.point)
             r, c = (side[:count].double() for side in pair)
-            usable = r.isfinite().all(-1) & c.isfinite().all(-1)
+            usable = r.isfinite().all(-1) & c.isfinite().all(-1) & bound.isfinite()
             if point.point in AFTER_ROUTER:
                 usable &= bound_here[prompt][:count]
                 free += int((~bound_here[prompt][:count]).sum())

@@ -154,6 +154,24 @@ def test_one_token_beyond_its_bound_is_named_and_fails(
         assert_agrees(other, reference)
 
 
+def test_a_token_whose_bound_is_infinite_is_not_held(
+    bounded_run: BoundedRun, candidate_run: Candidate, tmp_path: Path
+) -> None:
+    reference = copied_candidate(bounded_run("bf16"), tmp_path / "reference")
+    file = bounds_file(reference, 2)
+    tensors = load_file(file)
+    tensors["prompt1/attn_output/bfloat16"][3] = torch.inf
+    write_tensors(file, tensors)
+
+    result = agree(Run.open(reference), candidate_run("bf16", "bfloat16"))
+
+    (held,) = [h for h in result.layers if h.agreement.key == (2, "attn_output")]
+    assert held.bound is not None
+    assert (held.bound.whole, held.bound.tokens) == (False, held.agreement.tokens - 1)
+    assert held.held_against == "nothing"
+    assert result.verdict is Decision.UNDECIDED
+
+
 def copied_candidate(run: Run, folder: Path) -> Path:
     shutil.copytree(run.path, folder)
     return folder
