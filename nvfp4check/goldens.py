@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from nvfp4check.activations import (
+    BOUNDS_FOLDER,
     FINAL_HIDDEN_FILE,
     LAYERS_FOLDER,
     LOGITS_FILE,
@@ -224,8 +225,8 @@ def compare(golden: Run, run: Run, closeness: Closeness) -> tuple[list[Differenc
     compared = 0
     for file in _run_files(golden.path):
         name = file.relative_to(golden.path).as_posix()
-        if file.suffix != ".safetensors":
-            continue
+        if file.suffix != ".safetensors" or file.parent.name == BOUNDS_FOLDER:
+            continue  # bounds are what others are held against, and nothing that they compute
         if not (run.path / name).is_file():
             differences.append(Difference(file=name, message="the run has no such file"))
             continue
@@ -318,6 +319,7 @@ def _run_files(run: Path) -> list[Path]:
     top = (RUN_FILE, TOKENS_FILE, LOGITS_FILE, FINAL_HIDDEN_FILE)
     files = [run / name for name in top if (run / name).is_file()]
     files += sorted((run / LAYERS_FOLDER).glob("*.safetensors"))
+    files += sorted((run / BOUNDS_FOLDER).glob("*.safetensors"))
     return files + sorted((run / MTP_FOLDER).glob("*/*.safetensors"))
 
 

@@ -237,3 +237,20 @@ def test_the_reference_and_transformers_tell_the_same_story() -> None:
                 witness.point(layer, prompt, "router_experts").sort(dim=1).values,
                 ours.point(layer, prompt, "router_experts").sort(dim=1).values,
             )
+
+
+def test_bounds_are_kept_with_a_golden_and_no_run_needs_any_to_meet_it(
+    run: Path, tmp_path: Path
+) -> None:
+    options = ForwardOptions(activations=Activations.ALL, bounds=("bfloat16",))
+    bounded = run_forward(TINY / "bf16", PROMPTS, tmp_path / "bounded", options).run.path
+    golden = tmp_path / "golden"
+
+    record(bounded, golden, "a test")
+
+    assert Run.open(golden).bounded(0) == Run.open(bounded).bounded(0) != frozenset()
+    assert verify(golden, run).holds
+    file = golden / "bounds" / "000.safetensors"
+    tensors = load_file(file)
+    save_file({name: tensor * 2 for name, tensor in tensors.items()}, file)
+    assert [Path(found.file).name for found in verify(golden, run).differences] == [file.name]

@@ -96,6 +96,10 @@ def hold_bounds(
         message = f"not held against the reference's bounds: {why}"
         note = Problem(kind="bounds", run="candidate", message=message, fatal=False)
         return Bounds(problems=(note,))
+    if points and not any(reference.bounded(layer) for layer in reference.own_layers):
+        message = f"its run.json declares bounds for {', '.join(reference.info.bounds)}, and it "
+        lost = Problem(kind="missing", run="reference", message=f"{message}holds none", fatal=False)
+        return Bounds(problems=(lost,))
     return _Holding(reference, candidate, dtype, prompts).all(points)
 
 

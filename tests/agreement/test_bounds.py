@@ -154,6 +154,19 @@ def test_one_token_beyond_its_bound_is_named_and_fails(
         assert_agrees(other, reference)
 
 
+def test_bounds_that_are_declared_and_not_there_are_missed(
+    bounded_run: BoundedRun, tmp_path: Path
+) -> None:
+    reference = copied_candidate(bounded_run("bf16"), tmp_path / "reference")
+    shutil.rmtree(reference / "bounds")
+
+    result = agree(Run.open(reference), bounded_run("bf16"))
+
+    assert [problem.message for problem in result.skipped] == [
+        "its run.json declares bounds for float32, bfloat16, and it holds none"
+    ]
+
+
 def test_a_token_whose_bound_is_infinite_is_not_held(
     bounded_run: BoundedRun, candidate_run: Candidate, tmp_path: Path
 ) -> None:
