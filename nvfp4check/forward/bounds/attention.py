@@ -30,9 +30,10 @@ from nvfp4check.forward.bounds.uncertain import Uncertain, split_last, through_m
 from nvfp4ref.deepseek_v3.attention import SCORES_AT_ONCE
 from nvfp4ref.deepseek_v3.config import DeepseekV3Config
 
-#: Matrices as large as the scores, or the queries in the latent space, that are alive at once, for
-#: each declared arithmetic.
-_ALIVE = 40
+#: Matrices that are alive at once, for each declared arithmetic: as large as the scores, and as the
+#: queries in the latent space.
+_ALIVE = 28
+_ALIVE_LATENT = 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +69,8 @@ def attended(
     """
     rows = _rows(q_nope, q_rope, unfolded, k_rope, config)
     heads, tokens = rows.q.shape[:2]
-    widest = max(tokens, config.kv_lora_rank)
-    step = max(1, SCORES_AT_ONCE // (heads * widest * _ALIVE * len(absorbed.roundings)))
+    width = _ALIVE * tokens + _ALIVE_LATENT * config.kv_lora_rank
+    step = max(1, SCORES_AT_ONCE // (heads * width * len(absorbed.roundings)))
     parts = [
         _some(rows, slice(start, min(start + step, tokens)), absorbed, shared_weights)
         for start in range(0, tokens, step)
