@@ -24,6 +24,7 @@ from nvfp4check.checkpoint.opening import Checkpoint, open_checkpoint
 from nvfp4check.checkpoint.scan import default_counter, scan, why_not_scannable, with_new_maps
 from nvfp4check.checkpoint.scan_tally import count_with_numpy
 from nvfp4check.checkpoint.writing import TensorSpec, encode_header
+from nvfp4check.engine.local import one_thread
 
 SCHEMA = "nvfp4check/bench-bytepass/1"
 _ROWS, _COLUMNS = 7168, 2048  # down_proj of one expert of DeepSeek-V3
@@ -109,6 +110,7 @@ def _worker(location: str, way: str, shards: list[str], gate: Any, done: Any) ->
         from nvfp4check.checkpoint.scan_tally import Tally
 
         counter(np.zeros(512, np.uint8), np.zeros(64, np.uint8), Tally())  # compile beforehand
+    one_thread()
     gate.wait()
     started, cpu_started = time.perf_counter(), time.process_time()
     for shard in shards:

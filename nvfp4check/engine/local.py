@@ -1,12 +1,15 @@
 """The local engine: worker processes on this machine, or this process when one is enough."""
 
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+
+from threadpoolctl import threadpool_limits
 
 from nvfp4check.engine import Finished, Item, Result
 from nvfp4check.findings import CheckError
@@ -51,8 +54,8 @@ class LocalEngine:
         pool = ProcessPoolExecutor(
             min(self.jobs, len(items)),
             mp_context=multiprocessing.get_context("spawn"),
-            initializer=prepare,
-            initargs=arguments,
+            initializer=_begin,
+            initargs=(prepare, arguments),
         )
         try:
             yield from _ordered(pool, function, items, self.jobs * _AHEAD, finished)
@@ -62,6 +65,22 @@ class LocalEngine:
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def one_thread() -> None:
+    """Have linear algebra computed in the thread that asks for it, here and in what loads later.
+
+    Work is spread over processes. Threads of each besides would wait for those of the others, and
+    wait by turning in a circle: two processes on two cores then take many times as long as one.
+    """
+    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    threadpool_limits(limits=1)
+
+
+def _begin(prepare: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+    one_thread()
+    if prepare is not None:
+        prepare(*arguments)
 
 
 def _here(

@@ -4,7 +4,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 
 from nvfp4check.engine.local import LocalEngine
 from nvfp4check.findings import CheckError
@@ -80,3 +82,18 @@ def test_no_jobs_is_bad_usage(jobs: int) -> None:
 
 def test_nothing_to_do_gives_nothing() -> None:
     assert list(LocalEngine(2).map(shifted, [])) == []
+
+
+def threads_of_linear_algebra(_: int) -> set[int]:
+    matrix = np.ones((8, 8))
+    _ = matrix @ matrix
+    return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+
+def test_workers_do_not_spread_their_linear_algebra_over_the_processors_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    counts = list(LocalEngine(2).map(threads_of_linear_algebra, range(4)))
+    assert counts == [{1}] * 4
