@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 # A busy machine is no fault of a test.
-settings.register_profile(
-    "tests", deadline=None, suppress_health_check=[HealthCheck.too_slow], parent=settings()
-)
+settings.register_profile("explore", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# The same examples on every run; `--hypothesis-profile explore` draws others.
+settings.register_profile("tests", settings.get_profile("explore"), derandomize=True, database=None)
 settings.load_profile("tests")
 
 SCHEMAS = Path(__file__).parent / "schemas"

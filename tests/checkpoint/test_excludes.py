@@ -140,11 +140,11 @@ def test_our_globs_are_the_standard_librarys_on_a_name_and_its_ancestors(
     ],
 )
 def test_a_regular_expression_that_could_run_for_ever_is_not_run(pattern: str) -> None:
-    begin = time.perf_counter()
+    begin = time.thread_time()
     assert safe_regex(pattern) is None
     assert not matches(f"re:{pattern}", "a" * 200)
     assert not matches(pattern, "a" * 200, Reading.SGLANG)
-    assert time.perf_counter() - begin < 1
+    assert time.thread_time() - begin < 1
 
 
 @pytest.mark.parametrize(
@@ -162,10 +162,10 @@ def test_regular_expressions_of_published_configs_are_run(pattern: str) -> None:
 
 
 def test_a_glob_of_many_stars_takes_no_time() -> None:
-    begin = time.perf_counter()
+    begin = time.thread_time()
     for reading in Reading:
         assert not matches("*a" * 100 + "c", "a" * 5000 + "b", reading)
-    assert time.perf_counter() - begin < 5
+    assert time.thread_time() - begin < 5
 
 
 def test_a_line_break_in_a_pattern_matches_no_two_modules() -> None:

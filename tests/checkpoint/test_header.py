@@ -71,10 +71,10 @@ def test_a_file_shorter_than_its_length_field_is_refused(tmp_path: Path, size: i
 @pytest.mark.parametrize("length", [2**62, 2**63, 2**64 - 1, 100_000_001])
 def test_a_header_of_an_absurd_length_is_refused_at_once(tmp_path: Path, length: int) -> None:
     tracemalloc.start()
-    begin = time.perf_counter()
+    begin = time.thread_time()
     with pytest.raises(HeaderError, match="expected at most 100,000,000"):
         read_bytes(tmp_path, length.to_bytes(8, "little") + b"{}")
-    assert time.perf_counter() - begin < 1
+    assert time.thread_time() - begin < 1
     assert tracemalloc.get_traced_memory()[1] < 1_000_000
     tracemalloc.stop()
 
@@ -127,10 +127,10 @@ def test_a_name_that_appears_twice_is_refused(tmp_path: Path) -> None:
 def test_a_repeated_name_among_many_is_found_without_a_hang(tmp_path: Path) -> None:
     value = json.dumps(entry(0, 0))
     text = ",".join(f'"{number}":{value}' for number in [*range(100_000), 99_999])
-    begin = time.perf_counter()
+    begin = time.thread_time()
     with pytest.raises(HeaderError, match="'99999' appears twice"):
         read_bytes(tmp_path, framed(f"{{{text}}}".encode()))
-    assert time.perf_counter() - begin < 10
+    assert time.thread_time() - begin < 10
 
 
 def test_a_field_that_appears_twice_is_refused(tmp_path: Path) -> None:

@@ -3,13 +3,16 @@
 import contextlib
 import hashlib
 import json
+import socket
 import threading
 import time
 import urllib.parse
+from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -31,7 +34,10 @@ class RangeServer(ThreadingHTTPServer):
         #: Path and headers of each request.
         self.requests: list[tuple[str, dict[str, str]]] = []
         #: Answers to give before the true one: a status, or the name of a misbehaviour.
-        self.faults: list[int | str] = []
+        self.faults: list[int | str | None] = []
+        #: How many of them one range of one file may meet: others wait for other requests.
+        self.patience = 999
+        self.met: Counter[tuple[str, str]] = Counter()
         #: What misbehaves; questions for a file's size do not, unless asked to.
         self.faulty: Callable[[str, str], bool] = lambda path, span: span != "bytes=0-0"
         self.latency = 0.0
@@ -39,6 +45,7 @@ class RangeServer(ThreadingHTTPServer):
         self.retry_after: list[str] = []
         self.etags: dict[str, str] = {}
         self.lock = threading.Lock()
+        self.connections: set[socket.socket] = set()
         #: Set when a client hangs up on a file that it was sent whole.
         self.hung_up = threading.Event()
         #: Set at the end: answers that are held back wait for it.
@@ -50,12 +57,35 @@ class RangeServer(ThreadingHTTPServer):
 
     def fault(self, path: str, span: str) -> int | str | None:
         with self.lock:
-            return self.faults.pop(0) if self.faults and self.faulty(path, span) else None
+            if not self.faults or not self.faulty(path, span):
+                return None
+            if self.faults[0] is not None and self.met[path, span] == self.patience:
+                return None
+            fault = self.faults.pop(0)
+            self.met[path, span] += fault is not None
+            return fault
 
     def count(self, path: str, size: int) -> None:
         with self.lock:
             self.sent += size
             self.sent_of[path] = self.sent_of.get(path, 0) + size
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self.lock:
+            self.connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self.lock:
+            self.connections.discard(request)
+        super().shutdown_request(request)
+
+    def hang_up(self) -> None:
+        """End every connection, so that no thread waits for a client's next request."""
+        with self.lock:
+            for connection in self.connections:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Say nothing of clients that hang up: they are meant to."""
@@ -275,6 +305,7 @@ def running(handler: type[RangeHandler], directory: Path) -> Iterator[RangeServe
             server.released.set()
             server.shutdown()
             thread.join()
+            server.hang_up()
 
 
 @pytest.fixture
