@@ -160,13 +160,15 @@ def _against(
     errors: dict[str, torch.Tensor] = {}
     floor: dict[str, torch.Tensor] = {}
     runs: dict[str, torch.Tensor] = {}
+    ratios: dict[str, torch.Tensor] = {}
     for prompt, error in point.errors.items():
         if all(prompt in run.errors for run in floors):
             each = torch.stack([run.errors[prompt] for run in floors]).clamp(min=unit)
             runs[prompt] = each
             floor[prompt] = each.log().mean(0).exp()
             errors[prompt] = error.clamp(min=unit)
-    ratios = {prompt: (errors[prompt] / floor[prompt]).log() for prompt in errors}
+            # Run by run, so that the ratio of equal errors is exactly 0.
+            ratios[prompt] = (errors[prompt] / each).log().mean(0)
     # An infinite error is a divergence, and no number to take a mean of.
     boundless = any(bool(ratio.isposinf().any()) for ratio in ratios.values())
     found = estimate([r.nan_to_num(nan=math.nan, posinf=0.0) for r in ratios.values()], seed)

@@ -24,7 +24,10 @@ def noisy(size: float, seed: int) -> torch.Tensor:
 
 
 def held(
-    write_run: WriteRun, candidate: torch.Tensor, floors: list[torch.Tensor]
+    write_run: WriteRun,
+    candidate: torch.Tensor,
+    floors: list[torch.Tensor],
+    unit: float = 2**-24,
 ) -> list[HeldPoint]:
     def run(name: str, rows: torch.Tensor) -> Run:
         return write_run(name, {0: {"hidden": {"p": rows}}})
@@ -35,7 +38,7 @@ def held(
         {p.key: p for p in compare_layers(reference, run(f"n{i}", rows))}
         for i, rows in enumerate(floors)
     ]
-    return hold(points, noise, {(0, "hidden"): 2**-24}, alpha=0.05)
+    return hold(points, noise, {(0, "hidden"): unit}, alpha=0.05)
 
 
 @pytest.mark.parametrize("floors", [1, 3])
@@ -93,10 +96,15 @@ def test_a_value_that_is_not_finite_diverges_at_its_token(write_run: WriteRun) -
     assert point.place == Place(prompt="p", token=77)
 
 
-def test_equal_rows_are_within_a_floor_of_zero(write_run: WriteRun) -> None:
-    (point,) = held(write_run, values(0), [values(0)])
+@pytest.mark.parametrize("unit", [2**-8, 2**-11, 2**-24, 2**-53])
+@pytest.mark.parametrize("floors", [1, 3, 7])
+def test_equal_rows_are_within_a_floor_of_zero(
+    write_run: WriteRun, unit: float, floors: int
+) -> None:
+    (point,) = held(write_run, values(0), [values(0)] * floors, unit)
 
     assert point.diverges is False
+    assert point.log_ratio == 0
 
 
 def test_without_a_floor_the_first_difference_in_bits_is_named(write_run: WriteRun) -> None:
