@@ -2,7 +2,8 @@
 
 The child is forked before torch is loaded, says what it begins and what it finds through a pipe,
 and writes what kernels print to the standard error. Where it dies or does not come back, the
-property under way has failed, and another child goes on with the next.
+property under way has failed, and another child goes on with the next. So it does where a kernel
+leaves the GPU's context unusable, in which every later call fails whatever it computes.
 """
 
 import json
@@ -12,10 +13,11 @@ import signal
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from typing import NoReturn
 
-from nvfp4check.cli.kernels_runs import Key, Question, Record, asked, ended
+from nvfp4check.cli.kernels_runs import Key, Question, Record, asked
 from nvfp4check.findings import CheckError
 
 #: Children that may die over one implementation before its other properties are left out.
@@ -23,6 +25,9 @@ MOST_DEATHS = 3
 
 #: Exit code of a child in which something raised KeyboardInterrupt.
 _INTERRUPTED = 130
+
+#: Yields the records of a question, but for what is known, and little of implementations lost.
+Asker = Callable[[Mapping[Key, Record], Collection[tuple[str, str]]], Iterator[Record]]
 
 
 def possible() -> bool:
@@ -36,20 +41,36 @@ def asked_apart(question: Question, seconds: float | None = None) -> list[Record
     Raises:
         CheckError: What was asked for is not there, or the process ended before a property began.
     """
+    who = question.impl or question.op or ""
+    return told_apart(partial(asked, question), who, seconds, MOST_DEATHS)
+
+
+def told_apart(
+    ask: Asker, who: str, seconds: float | None = None, most_deaths: int | None = None
+) -> list[Record]:
+    """Return the records that a child process tells; each may take so many seconds.
+
+    An implementation whose process has ended so often is lost; by default none is.
+
+    Raises:
+        CheckError: The question was refused, or the process ended before anything was begun.
+    """
     known: dict[Key, Record] = {}
     deaths: Counter[tuple[str, str]] = Counter()
     while True:
-        lost = {one for one, count in deaths.items() if count >= MOST_DEATHS}
-        told = list(_told(question, known, lost, seconds))
-        death = told[-1].get("death") if told else None
-        if death is None:
+        lost = {one for one, n in deaths.items() if most_deaths is not None and n >= most_deaths}
+        told = list(_told(ask, known, lost, seconds))
+        last = told[-1] if told else {}
+        death = last.get("death")
+        if death is None and "unusable" not in last:
             return told
         run, begun = _learn(told, known)
-        if run is None or begun is None:
-            who = question.impl or question.op
+        if run is None or (death and begun is None):
             raise CheckError(f"{who}: the process {death} before a property was asked")
-        op, impl, law = run["op"], run["impl"], begun["law"]
-        known[op, impl, law] = ended(law, begun["words"], "fail", f"the kernel's process {death}")
+        op, impl = run["op"], run["impl"]
+        if begun is not None:
+            outcome = {**begun["if_ended"], "message": f"the kernel's process {death}"}
+            known[op, impl, begun["begun"]] = outcome
         deaths[op, impl] += 1
 
 
@@ -59,21 +80,21 @@ def _learn(told: list[Record], known: dict[Key, Record]) -> tuple[Record | None,
     for record in told:
         if "run" in record:
             run, begun = record["run"], None
-        elif "law" in record:
+        elif "begun" in record:
             begun = record
-        elif "outcome" in record and run is not None:
-            known[run["op"], run["impl"], record["outcome"]["name"]] = record["outcome"]
+        elif "found" in record and run is not None:
+            known[run["op"], run["impl"], record["found"]] = record["outcome"]
             begun = None
     return run, begun
 
 
 def _told(
-    question: Question,
+    ask: Asker,
     known: Mapping[Key, Record],
     lost: Collection[tuple[str, str]],
     seconds: float | None,
 ) -> Iterator[Record]:
-    """Yield a child's records; one that says how it died is the last, if it did.
+    """Yield a child's records; one that says why another must go on is the last, if so it is.
 
     Raises:
         CheckError: The child refused the question.
@@ -84,7 +105,7 @@ def _told(
     child = os.fork()
     if child == 0:
         os.close(reading)
-        _answer(question, known, lost, writing)
+        _answer(ask, known, lost, writing)
     os.close(writing)
     death = None
     try:
@@ -101,6 +122,9 @@ def _told(
             if "internal" in record:
                 raise RuntimeError(record["internal"])
             yield record
+            if "unusable" in record:
+                os.kill(child, signal.SIGKILL)
+                return
     except BaseException:  # whatever ends this process, Ctrl-C too, ends the child
         os.kill(child, signal.SIGKILL)
         raise
@@ -134,14 +158,14 @@ def _death(code: int) -> str:
 
 
 def _answer(
-    question: Question, known: Mapping[Key, Record], lost: Collection[tuple[str, str]], writing: int
+    ask: Asker, known: Mapping[Key, Record], lost: Collection[tuple[str, str]], writing: int
 ) -> NoReturn:
     """Be the child: tell every record, and end without what an ordinary end would run."""
     code = 0
     try:
         os.dup2(2, 1)
         sys.stdout = sys.stderr
-        for record in asked(question, known, lost):
+        for record in ask(known, lost):
             _tell(writing, record)
         # A kernel may end the process with any exit code, so that none says this.
         _tell(writing, {"done": True})

@@ -7,7 +7,14 @@ import typer
 
 import nvfp4check
 from nvfp4check.cli.exit_codes import ExitCode
-from nvfp4check.cli.options import OutputOption, PlainFormatOption, prepared_format, write
+from nvfp4check.cli.kernels_planted import Planted, of_kernel, sighting
+from nvfp4check.cli.options import (
+    OutputOption,
+    PlainFormatOption,
+    prepared_format,
+    seed_option,
+    write,
+)
 from nvfp4check.findings import CheckError
 from nvfp4check.report.render import render
 
@@ -41,13 +48,22 @@ def power(
     atol: Annotated[float | None, typer.Option(help="With --rtol, a rule of your own.")] = None,
     rtol: Annotated[float | None, typer.Option(help="With --atol, a rule of your own.")] = None,
     device: Annotated[str, typer.Option(help="Where an --impl runs: cpu, cuda, cuda:1.")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Where generated inputs start from.")] = 0,
+    seed: Annotated[int, seed_option("Where generated inputs start from.")] = 0,
+    timeout: Annotated[
+        float,
+        typer.Option(min=0, help="Seconds that a property of an --impl may take; 0: any number."),
+    ] = 600.0,
     format: PlainFormatOption = None,
     output: OutputOption = None,
 ) -> int:
     """Plant every known fault; exit 1 if a suite misses one or rejects a correct kernel."""
     into = prepared_format(format, output)
-    document = power_document(op, impl, convention, rule, atol, rtol, device=device, seed=seed)
+    document = power_document(
+        *(op, impl, convention, rule, atol, rtol),
+        device=device,
+        seed=seed,
+        seconds=timeout or None,
+    )
     write(render(document, into), output)
     return ExitCode.HOLDS if document["verdict"] == "pass" else ExitCode.DOES_NOT_HOLD
 
@@ -62,54 +78,66 @@ def power_document(
     *,
     device: str = "cpu",
     seed: int = 0,
+    seconds: float | None = None,
 ) -> dict[str, Any]:
     """Return which faults are seen, which correct kernels accepted, and what rules would see.
+
+    Faults are planted in a kernel in a child process where one can be forked, which gives each
+    property so many seconds.
 
     Raises:
         CheckError: What was asked for is not there, or the kernel breaks a law unplanted.
     """
-    from nvfp4check.faults import elsewhere
-    from nvfp4check.faults.power import accept, sight
-    from nvfp4check.ops import OPERATIONS, operation
-
-    if op is not None:
-        operation(op)
-    if convention is not None:
-        operation("quantize").reference(convention)
     started = time.perf_counter()
-    rules = _rules(rule, atol, rtol)
     if impl is not None:
-        planted = _planted_in(impl, op, convention, device, seed)
-        names = list(dict.fromkeys(one["operation"] for one in planted))
-        accepted: list[dict[str, Any]] = []
+        if rule is not None or atol is not None or rtol is not None:
+            raise CheckError("rules judge faults planted in the reference: leave out --impl")
+        found = of_kernel(Planted(impl, op, convention, device, seed), seconds)
     else:
-        names = [op] if op else list(OPERATIONS)
-        planted = [
-            _sighting(one)
-            for name in names
-            for one in sight(name, convention=convention, seed=seed)
-        ]
-        accepted = [_acceptance(one) for name in names for one in accept(name, seed)]
-    judged = _judged(rules, seed) if "matmul" in names and impl is None else []
-    missed = [one for one in planted if one["seen_by"] is None]
-    rejected = [one for one in accepted if one["rejected_by"]]
+        found = _of_reference(op, convention, _rules(rule, atol, rtol), seed)
+    from nvfp4check.faults import elsewhere
+
+    missed = [one for one in found["faults"] if one["seen_by"] is None]
+    rejected = [one for one in found["variants"] if one["rejected_by"]]
     return {
         "schema": "nvfp4check/power/1",
         "tool": {"name": "nvfp4check", "version": nvfp4check.__version__},
-        "operations": names,
+        "operations": found["operations"],
         "impl": impl or "reference",
         "convention": convention,
         "device": device,
         "seed": seed,
         "verdict": "fail" if missed or rejected else "pass",
-        "faults": planted,
-        "variants": accepted,
-        "rules": judged,
-        "derived_bound": _derived(seed) if judged else None,
+        "faults": found["faults"],
+        "variants": found["variants"],
+        "rules": found["rules"],
+        "derived_bound": _derived(seed) if found["rules"] else None,
         "elsewhere": [
             {"id": one.id, "does": one.does, "caught_by": one.caught_by} for one in elsewhere()
         ],
         "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def _of_reference(
+    op: str | None, convention: str | None, rules: list[Any], seed: int
+) -> dict[str, Any]:
+    """Return what is planted in the reference, which correct kernels pass, and what rules see."""
+    from nvfp4check.faults.power import accept, sight
+    from nvfp4check.ops import OPERATIONS, operation
+
+    names = [operation(op).name] if op else list(OPERATIONS)
+    if convention is not None:
+        operation("quantize").reference(convention)
+    return {
+        "operations": names,
+        "faults": [
+            sighting(one.planting, one.seen_by, one.seconds)
+            for name in names
+            for one in sight(name, convention=convention, seed=seed)
+        ],
+        "variants": [_acceptance(one) for name in names for one in accept(name, seed)],
+        "rules": _judged(rules, seed) if "matmul" in names else [],
     }
 
 
@@ -123,52 +151,6 @@ def _rules(rule: str | None, atol: float | None, rtol: float | None) -> list[Any
             raise CheckError("give either --rule or --atol and --rtol")
         return [tolerance_rule(atol, rtol)]
     return [published_rule(rule)] if rule else list(RULES)
-
-
-def _planted_in(
-    impl: str, op: str | None, convention: str | None, device: str, seed: int
-) -> list[dict[str, Any]]:
-    from nvfp4check.cli.kernels_found import bound, chosen
-    from nvfp4check.faults.power import first_broken_law, sight
-    from nvfp4check.properties.law import Setting
-
-    found = []
-    for one in chosen(impl, op, convention, device):
-        kernel, facts = bound(one)
-        setting = Setting(convention=one.convention, facts=facts, device=device, seed=seed)
-        broken, _ = first_broken_law(kernel, one.operation, setting)
-        if broken:
-            raise CheckError(
-                f"{one.name} breaks {broken} of {one.operation} with nothing planted in it, so "
-                f"planted faults would show nothing: run `nvfp4check kernels test` first"
-            )
-        planted = sight(
-            one.operation,
-            convention=one.convention,
-            kernel=kernel,
-            facts=facts,
-            device=device,
-            seed=seed,
-        )
-        found += [_sighting(sighting) for sighting in planted]
-    if not found:
-        raise CheckError(f"no fault goes around {impl}: try it without --impl")
-    return found
-
-
-def _sighting(one: Any) -> dict[str, Any]:
-    return {
-        "id": one.fault.id,
-        "name": one.fault.name,
-        "form": one.form.label,
-        "operation": one.form.operation,
-        "convention": one.convention,
-        "does": one.fault.does,
-        "needs": one.fault.needs,
-        "threads": list(one.fault.urls),
-        "seen_by": one.seen_by,
-        "seconds": round(one.seconds, 3),
-    }
 
 
 def _acceptance(one: Any) -> dict[str, Any]:

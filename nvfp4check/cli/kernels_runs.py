@@ -1,9 +1,10 @@
 """The properties asked of kernels, one record at a time: what is begun, and what came of it.
 
 A record is plain JSON, so that it can come from another process:
-    {"run": header}     an implementation is taken up; the header is its document so far
-    {"law": name, ...}  a property is begun
-    {"outcome": ...}    what it found
+    {"run": header}                  an implementation is taken up: its document so far
+    {"begun": name, "if_ended": ...} a property is begun, and its outcome if the process ends
+    {"found": name, "outcome": ...}  what it found
+    {"unusable": device}             nothing more can be asked on the device in this process
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -13,6 +14,9 @@ from typing import Any
 import nvfp4check
 
 Record = dict[str, Any]
+
+#: Why a property is not asked in a process whose context of the GPU is lost.
+UNUSABLE = "an error before it left the GPU unusable for this process"
 
 #: Operation, implementation and property.
 Key = tuple[str, str, str]
@@ -46,7 +50,7 @@ def asked(
     from nvfp4check.faults.diagnosis import with_diagnosis
     from nvfp4check.findings import CheckError
     from nvfp4check.properties import properties_of
-    from nvfp4check.properties.law import DEFAULT_EXAMPLES, Setting
+    from nvfp4check.properties.law import DEFAULT_EXAMPLES, Setting, context_lost
 
     op, impl = question.op, question.impl
     if op is None and impl is None:
@@ -58,6 +62,7 @@ def asked(
             f"`nvfp4check kernels list` says why"
         )
     examples = question.max_examples
+    unusable = False
     for one in implementations:
         kernel, facts = bound(one)
         setting = Setting(
@@ -72,11 +77,18 @@ def asked(
             outcome = (known or {}).get((one.operation, one.name, law.name))
             if outcome is None and (one.operation, one.name) in lost:
                 outcome = ended(law.name, law.law, "skip", "not asked: the kernel ended too often")
+            if outcome is None and unusable:
+                outcome = ended(law.name, law.law, "skip", f"not asked: {UNUSABLE}")
             if outcome is None:
-                yield {"law": law.name, "words": law.law}
-                found = with_diagnosis(law.run(kernel, setting), kernel, setting)
+                yield {"begun": law.name, "if_ended": ended(law.name, law.law, "fail", "")}
+                found = law.run(kernel, setting)
+                if not context_lost(question.device):
+                    found = with_diagnosis(found, kernel, setting)
                 outcome = found.to_json()
-            yield {"outcome": outcome}
+                unusable = context_lost(question.device)
+            yield {"found": law.name, "outcome": outcome}
+            if unusable:
+                yield {"unusable": question.device}
 
 
 def ended(name: str, words: str, verdict: str, message: str) -> Record:

@@ -24,7 +24,7 @@ from nvfp4check.faults.published_rules import PublishedRule
 from nvfp4check.faults.variants import Variant, correct_variants
 from nvfp4check.ops import OPERATIONS, Inputs, Kernel
 from nvfp4check.properties import properties_of
-from nvfp4check.properties.law import Case, Setting, Verdict
+from nvfp4check.properties.law import Case, Property, PropertyOutcome, Setting, Verdict
 from nvfp4check.tolerance import Facts, Reciprocal, Ties
 from nvfp4ref.matmul import exact
 
@@ -40,12 +40,28 @@ class BrokenFaultError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sighting:
-    """One planted fault, and the property that saw it."""
+class Planting:
+    """One form of a fault, and the convention it is planted under."""
 
     fault: KernelFault
     form: Form
     convention: str | None
+
+    @property
+    def name(self) -> str:
+        """The fault's id, with its form where there are several."""
+        return named(self.fault, self.form)
+
+    def kernel(self, inner: Kernel | None = None) -> Kernel:
+        """Return the wrong computation: in a kernel that is given, or in the reference."""
+        return self.form.apply(self.convention, inner)
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """One planted fault, and the property that saw it."""
+
+    planting: Planting
     seen_by: str | None
     seconds: float
 
@@ -71,44 +87,49 @@ class RuleOutcome:
     refused: tuple[str, ...]
 
 
+def until_broken(
+    kernel: Kernel, operation: str, setting: Setting
+) -> Iterator[tuple[Property, PropertyOutcome | None]]:
+    """Yield each property before it is asked, and again with its outcome; end at a broken one."""
+    for law in properties_of(operation):
+        yield law, None
+        outcome = law.run(kernel, setting)
+        yield law, outcome
+        if outcome.verdict is Verdict.FAIL:
+            return
+
+
 def first_broken_law(kernel: Kernel, operation: str, setting: Setting) -> tuple[str | None, str]:
     """Return the first property that a kernel breaks, and what it says."""
-    for law in properties_of(operation):
-        outcome = law.run(kernel, setting)
-        if outcome.verdict is Verdict.FAIL:
+    for law, outcome in until_broken(kernel, operation, setting):
+        if outcome is not None and outcome.verdict is Verdict.FAIL:
             return law.name, outcome.message
     return None, ""
 
 
-def sight(
-    operation: str,
-    *,
-    convention: str | None = None,
-    kernel: Kernel | None = None,
-    facts: Facts | None = None,
-    device: str = "cpu",
-    seed: int = 0,
-) -> Iterator[Sighting]:
-    """Plant every fault of an operation and yield what saw it.
+def plantings(
+    operation: str, convention: str | None = None, kernel: Kernel | None = None
+) -> Iterator[Planting]:
+    """Yield every fault of an operation, planted in the reference, or what goes around a kernel."""
+    for fault, form in faults_of(operation):
+        under = form.convention_for(convention or CONVENTION)
+        if kernel is None or (form.around and under in (None, convention)):
+            yield Planting(fault=fault, form=form, convention=under)
 
-    With a kernel, only the faults that go around one are planted, in that kernel.
+
+def sight(operation: str, *, convention: str | None = None, seed: int = 0) -> Iterator[Sighting]:
+    """Plant every fault of an operation in the reference and yield what saw it.
 
     Raises:
-        BrokenFaultError: A fault planted in the reference raised.
+        BrokenFaultError: A fault raised.
     """
-    declared = facts or REFERENCE_FACTS
-    for fault, form in faults_of(operation):
-        named = form.convention_for(convention or CONVENTION)
-        if kernel is not None and (not form.around or named not in (None, convention)):
-            continue
+    for planting in plantings(operation, convention):
         started = time.perf_counter()
-        wrong = form.apply(named, kernel)
-        setting = Setting(convention=named, facts=declared, device=device, seed=seed)
-        seen_by, message = first_broken_law(wrong, operation, setting)
-        if kernel is None and "\nraised " in message:
-            raise BrokenFaultError(f"{fault.id} in {operation} raised:\n{message}")
-        seconds = time.perf_counter() - started
-        yield Sighting(fault=fault, form=form, convention=named, seen_by=seen_by, seconds=seconds)
+        setting = Setting(convention=planting.convention, facts=REFERENCE_FACTS, seed=seed)
+        seen_by, message = first_broken_law(planting.kernel(), operation, setting)
+        if "\nraised " in message:
+            raise BrokenFaultError(f"{planting.name} in {operation} raised:\n{message}")
+        yield Sighting(planting, seen_by, time.perf_counter() - started)
 
 
 def accept(operation: str, seed: int = 0) -> Iterator[Acceptance]:

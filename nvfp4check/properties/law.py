@@ -229,7 +229,7 @@ class Property:
     def _smallest(self, runner: Runner, failure: Failure) -> Failure:
         tried = 0
         shrunk = True
-        while shrunk and tried < MAX_SHRINKS:
+        while shrunk and tried < MAX_SHRINKS and not context_lost(runner.setting.device):
             shrunk = False
             for smaller in self.shrink(failure.case, failure):
                 tried += 1
@@ -301,6 +301,17 @@ def to_device(value: Any, device: str) -> Any:
     whole = torch.empty(0, dtype=value.dtype).set_(storage)
     moved = whole.to(device)
     return moved.as_strided(value.shape, value.stride(), value.storage_offset())
+
+
+def context_lost(device: str) -> bool:
+    """Tell whether a kernel has left a GPU in error: CUDA gives it again on every later call."""
+    if torch.device(device).type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 #: Tensors up to this many elements are written out in full where a case is described.

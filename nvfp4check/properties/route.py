@@ -291,7 +291,7 @@ PROPERTIES = (
         check=_check,
     ),
     _law(
-        name="ties-go-one-way",
+        name="tie-breaking",
         law="of equal scores any group and expert may be chosen, or those of lower index where the "
         "kernel declares it",
         generate=_ties,

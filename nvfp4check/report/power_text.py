@@ -65,6 +65,8 @@ def fault_rows(faults: list[dict[str, Any]]) -> Iterator[list[Any]]:
             shown = f"MISSED in {names}"
         else:
             shown = laws[0] if len(laws) == 1 else f"{laws[0]} and {len(laws) - 1} other"
+        if any(one["message"] for one in forms):
+            shown += ", where the kernel's process ended"
         listed = ", ".join(operations[:2]) + (
             f" and {len(operations) - 2} more" if len(operations) > 2 else ""
         )

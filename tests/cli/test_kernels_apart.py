@@ -1,4 +1,4 @@
-"""A kernel that ends its process, or never comes back, is a result with its name."""
+"""A kernel that ends its process, never comes back or spoils the GPU is a result with its name."""
 
 import ctypes
 import json
@@ -69,11 +69,11 @@ def ask(monkeypatch: pytest.MonkeyPatch, laws: dict[str, object]) -> None:
             if outcome is None and ("swizzle", "mine") in lost:
                 outcome = ended(name, "", "skip", "")
             if outcome is None:
-                yield {"law": name, "words": "words"}
+                yield {"begun": name, "if_ended": ended(name, "words", "fail", "")}
                 if callable(law):
                     law()
                 outcome = ended(name, "words", "pass", "")
-            yield {"outcome": outcome}
+            yield {"found": name, "outcome": outcome}
 
     monkeypatch.setattr(kernels_apart, "asked", asked)
 
@@ -120,6 +120,30 @@ def test_a_kernel_that_ends_its_process_again_and_again_is_left_alone(
     found = document(QUESTION, asked_apart(QUESTION))
 
     assert [one["verdict"] for one in found["properties"]] == ["fail"] * MOST_DEATHS + ["skip"] * 2
+
+
+def test_after_an_error_that_the_gpu_keeps_another_process_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def asked(
+        question: Question, known: Mapping[Key, Record], lost: Collection[tuple[str, str]]
+    ) -> Iterator[Record]:
+        yield {"run": HEADER}
+        for name in ("first", "last"):
+            outcome = known.get(("swizzle", "mine", name))
+            if outcome is None:
+                outcome = ended(name, "words", "fail", f"found by {os.getpid()}")
+                yield {"found": name, "outcome": outcome}
+                yield {"unusable": "cuda"}
+                os._exit(9)  # what comes after is not heard
+            yield {"found": name, "outcome": outcome}
+
+    monkeypatch.setattr(kernels_apart, "asked", asked)
+
+    found = document(QUESTION, asked_apart(QUESTION))["properties"]
+
+    assert [one["name"] for one in found] == ["first", "last"]
+    assert len({one["message"] for one in found}) == 2
 
 
 def test_a_death_before_any_property_could_not_be_checked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,3 +212,46 @@ def test_the_command_says_what_ended_and_asks_the_rest(tmp_path: Path) -> None:
     assert verdicts[0] == "fail"
     assert set(verdicts[1:]) == {"pass"}
     assert properties[0]["message"] == "the kernel's process ended with exit code 0"
+
+
+DEADLY = """
+import os
+from nvfp4ref.fp8_block import dequantize
+
+def dequantize_fp8_block(w, scale_inv, dtype):
+    if {condition}:
+        os._exit(5)
+    return dequantize(w, scale_inv, dtype)
+"""
+
+
+def planted_in(folder: Path, condition: str) -> "subprocess.CompletedProcess[str]":
+    (folder / "deadly.py").write_text(DEADLY.format(condition=condition))
+    line = ("kernels", "power", "--impl", "deadly:dequantize_fp8_block", "--format", "json")
+    return subprocess.run(
+        [sys.executable, "-m", "nvfp4check", *line], cwd=folder, capture_output=True, text=True
+    )
+
+
+def test_a_planted_fault_that_ends_the_process_is_seen_and_the_others_are_planted(
+    tmp_path: Path,
+) -> None:
+    # The suite's scales are 15 at most; a fault that inverts them makes larger ones.
+    ran = planted_in(tmp_path, "(scale_inv > 16).any()")
+
+    planted = {
+        one["id"]: (one["seen_by"], one["message"]) for one in json.loads(ran.stdout)["faults"]
+    }
+    assert ran.returncode == 0
+    assert planted == {
+        "F7a": ("every-byte", "the kernel's process ended with exit code 5"),
+        "F7b": ("every-byte", ""),
+        "F7c": ("every-byte", ""),
+    }
+
+
+def test_a_kernel_that_ends_its_process_with_nothing_planted_is_refused(tmp_path: Path) -> None:
+    ran = planted_in(tmp_path, "True")
+
+    assert ran.returncode == 2
+    assert "(the kernel's process ended with exit code 5) with nothing planted in it" in ran.stderr

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from nvfp4check.cli import kernels_apart
 from nvfp4check.faults import power
 from nvfp4check.report.formats import Format
 from nvfp4check.report.render import render
@@ -35,6 +36,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "my_planted_kernels.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(kernels_apart, "possible", lambda: False)  # torch is loaded once
     return tmp_path
 
 
@@ -110,6 +112,7 @@ def test_rules_and_tolerances_are_shown_for_products(
     [
         (("--atol", "0.1"), "belong together"),
         (("--atol", "1", "--rtol", "1", "--rule", "vllm"), "either --rule or"),
+        (("--impl", "triton", "--rule", "vllm"), "leave out --impl"),
         (("--rule", "nobody"), "unknown rule 'nobody'"),
         (("--op", "nothing"), "unknown operation 'nothing'"),
         (("--convention", "nothing"), "unknown convention 'nothing'"),

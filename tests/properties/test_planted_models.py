@@ -98,7 +98,7 @@ def test_ties_may_go_to_the_higher_index_unless_the_lower_is_declared(failing: F
     declared = Facts(ties=Ties.LOWER_INDEX)
 
     assert failing("route", to_the_higher_index) == set()
-    assert failing("route", to_the_higher_index, facts=declared) == {"ties-go-one-way"}
+    assert failing("route", to_the_higher_index, facts=declared) == {"tie-breaking"}
 
 
 def test_a_choice_that_no_order_of_ties_gives_is_seen(failing: Failing) -> None:
@@ -114,7 +114,7 @@ def test_a_choice_that_no_order_of_ties_gives_is_seen(failing: Failing) -> None:
         experts = torch.cat([experts[:, :-1], worst.unsqueeze(-1).int()], dim=-1)
         return experts, routing.weigh(logits, experts, scaling)
 
-    assert "ties-go-one-way" in failing("route", kernel)
+    assert "tie-breaking" in failing("route", kernel)
 
 
 def test_experts_of_a_group_that_is_not_open_are_seen(failing: Failing) -> None:
