@@ -23,6 +23,8 @@ from typing import Any, NoReturn, ParamSpec
 import typer
 import typer.core
 
+from nvfp4check.cli.streams import write_stdout
+
 P = ParamSpec("P")
 
 
@@ -38,7 +40,28 @@ class Ending(Exception):  # noqa: N818  it is no error
         self.code = code
 
 
-class _Command(typer.core.TyperCommand):
+class _Help:
+    """Help that is a result as any other: a stdout that does not take it is an error."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """Return the option, which writes as commands do and not as the library does."""
+        option = super().get_help_option(ctx)  # type: ignore[misc]
+        if option is not None:
+            option.callback = _show_help
+        return option
+
+
+def _show_help(ctx: Any, option: Any, asked: bool) -> None:
+    if asked and not ctx.resilient_parsing:
+        write_stdout(f"{ctx.get_help()}\n")
+        ctx.exit()
+
+
+class Group(_Help, typer.core.TyperGroup):
+    """A group of commands."""
+
+
+class _Command(_Help, typer.core.TyperCommand):
     """A command whose help says nothing in the words of Python's types."""
 
     def get_help(self, ctx: Any) -> str:
@@ -53,6 +76,7 @@ def make_app(group: str | None = None) -> typer.Typer:
     ends with the first example of each.
     """
     app = typer.Typer(
+        cls=Group,
         rich_markup_mode=None,  # plain help: quick, narrow, and the same in a log
         add_completion=False,
         context_settings={"help_option_names": ["-h", "--help"]},

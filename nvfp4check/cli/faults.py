@@ -14,6 +14,7 @@ from nvfp4check.cli.options import (
     PlainFormatOption,
     line_width,
     prepared_format,
+    seed_option,
     split_ids,
     write,
 )
@@ -82,9 +83,7 @@ def inject_fault(
         str | None,
         typer.Option(metavar="GLOB", help="Plant in a weight whose name fits.", show_default=False),
     ] = None,
-    seed: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Which weight, and what else is chance.")
-    ] = 0,
+    seed: Annotated[int, seed_option("Which weight, and what else is chance.")] = 0,
     format: PlainFormatOption = None,
     output: OutputOption = None,
 ) -> int:

@@ -11,7 +11,13 @@ from nvfp4check.cli.exit_codes import ExitCode
 from nvfp4check.cli.kernels_apart import asked_apart
 from nvfp4check.cli.kernels_runs import Question, asked
 from nvfp4check.cli.kernels_runs import document as of_records
-from nvfp4check.cli.options import OutputOption, PlainFormatOption, prepared_format, write
+from nvfp4check.cli.options import (
+    OutputOption,
+    PlainFormatOption,
+    prepared_format,
+    seed_option,
+    write,
+)
 from nvfp4check.report.render import render
 
 app = make_app(group="Check kernels property by property.")
@@ -59,7 +65,7 @@ def try_(
     impl: ImplOption = None,
     convention: ConventionOption = None,
     device: DeviceOption = "cpu",
-    seed: Annotated[int, typer.Option(help="Where generated inputs start from.")] = 0,
+    seed: Annotated[int, seed_option("Where generated inputs start from.")] = 0,
     max_examples: Annotated[
         int | None, typer.Option(min=1, help="Inputs drawn where there is no end of them.")
     ] = None,

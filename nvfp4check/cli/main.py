@@ -3,7 +3,6 @@
 import errno
 import importlib
 import os
-import sys
 import traceback
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -13,10 +12,10 @@ import typer.core
 import typer.main
 
 import nvfp4check
-from nvfp4check.cli.command import Ending
+from nvfp4check.cli.command import Ending, Group
 from nvfp4check.cli.exit_codes import ExitCode
 from nvfp4check.cli.interrupts import interruptible
-from nvfp4check.cli.options import write
+from nvfp4check.cli.streams import stdout_that_refuses, write_stderr, write_stdout
 from nvfp4check.cli.table import COMMANDS, Entry
 from nvfp4check.findings import CheckError
 from nvfp4check.report.visible import visible
@@ -54,6 +53,7 @@ class LazyCommand(typer.core.TyperCommand):
 def make_root() -> typer.core.TyperGroup:
     """Return the root command, with a lazy command for each line of the table."""
     app = typer.Typer(
+        cls=Group,
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"]},
         epilog=(
@@ -89,7 +89,7 @@ def make_root() -> typer.core.TyperGroup:
 
 def _show_version(asked: bool) -> None:
     if asked:
-        write(f"{PROGRAM} {nvfp4check.__version__}\n", None)
+        write_stdout(f"{PROGRAM} {nvfp4check.__version__}\n")
         raise typer.Exit(ExitCode.HOLDS)
 
 
@@ -116,14 +116,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _interrupted()
     except BaseException as error:  # the boundary of the program; a panic in Rust is no Exception
         if isinstance(error, OSError) and error.errno in _REFUSALS:
-            where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
-            _complain(f"{where}{error.strerror}")
+            where = os.fsdecode(error.filename) if error.filename else stdout_that_refuses()
+            _complain(f"{where}: {error.strerror}" if where else str(error.strerror))
         else:
-            traceback.print_exc()
-            print(
+            write_stderr(
+                f"{traceback.format_exc()}"
                 "nvfp4check: internal error: this is a bug in nvfp4check and says nothing about "
-                "the input. Please report it with the lines above and the command line.",
-                file=sys.stderr,
+                "the input. Please report it with the lines above and the command line.\n"
             )
     return ExitCode.COULD_NOT_CHECK
 
@@ -131,9 +130,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _complain(message: str) -> None:
     # Line by line: a message may have several, and a name in it may come from a checkpoint.
     lines = "\n".join(visible(line) for line in message.split("\n"))
-    print(f"nvfp4check: error: {lines}", file=sys.stderr)
+    write_stderr(f"nvfp4check: error: {lines}\n")
 
 
 def _interrupted() -> int:
-    print("\nnvfp4check: interrupted", file=sys.stderr)
+    write_stderr("\nnvfp4check: interrupted\n")
     return ExitCode.INTERRUPTED

@@ -1,6 +1,5 @@
 """Arguments and options that several commands share, and the file or stream a result goes to."""
 
-import errno
 import math
 import os
 import shutil
@@ -8,12 +7,30 @@ import sys
 import tempfile
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from nvfp4check.cli.streams import is_terminal, write_stdout
 from nvfp4check.findings import CheckError
 from nvfp4check.report.formats import Format, format_of
+
+
+def require_seed(seed: int) -> int:
+    """Return a seed if it is one that generators of random numbers take.
+
+    Raises:
+        CheckError: It is negative or has more than 63 bits.
+    """
+    if not 0 <= seed < 2**63:
+        raise CheckError(f"--seed {seed}: give a whole number from 0 to 2**63 - 1")
+    return seed
+
+
+def seed_option(help: str) -> Any:
+    """Return the option --seed, which says what chance decides."""
+    return typer.Option("--seed", metavar="N", help=help, callback=require_seed)
+
 
 CheckpointArgument = Annotated[
     str,
@@ -54,9 +71,7 @@ DeviceOption = Annotated[
     str, typer.Option("--device", metavar="DEVICE", help="What computes: cpu, or cuda.")
 ]
 
-SampleSeedOption = Annotated[
-    int, typer.Option("--seed", metavar="N", help="Which sample is drawn.")
-]
+SampleSeedOption = Annotated[int, seed_option("Which sample is drawn.")]
 
 ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")
@@ -161,10 +176,15 @@ def prepared_format(
         return Format(asked.value)
     named = format_of(output)
     known = [format.value for format in formats]
-    if named.value not in known:
+    if named is None or named.value not in known:
+        why = (
+            f"{output and output.suffix} is the suffix of no format"
+            if named is None
+            else f"this command has no {named.value} result"
+        )
         raise CheckError(
-            f"cannot write {output}: this command has no {named.value} result; give another "
-            f"suffix, or --format {', '.join(known[:-1])} or {known[-1]}"
+            f"cannot write {output}: {why}; give another suffix, or --format "
+            f"{', '.join(known[:-1])} or {known[-1]}"
         )
     return named
 
@@ -172,13 +192,13 @@ def prepared_format(
 def wants_color(output: Path | None) -> bool:
     """Tell whether text may be coloured: on a terminal, unless NO_COLOR or TERM=dumb say no."""
     plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
-    return output is None and sys.stdout.isatty() and not plain
+    return output is None and is_terminal(sys.stdout) and not plain
 
 
 def line_width(output: Path | None) -> int:
     """Return how wide lines of prose may be: 100, or what a narrower terminal has."""
     widest = 100
-    if output is not None or not sys.stdout.isatty():
+    if output is not None or not is_terminal(sys.stdout):
         return widest
     return min(widest, shutil.get_terminal_size((widest, 24)).columns)
 
@@ -201,16 +221,6 @@ def require_limits(max_kl: float | None, min_top1: float | None) -> None:
         raise CheckError(f"--min-top1 {min_top1}: give a share between 0 and 1, 0.95 for 95 %")
 
 
-def require_seed(seed: int) -> None:
-    """Check that a seed is one that generators of random numbers take.
-
-    Raises:
-        CheckError: It is negative or has more than 63 bits.
-    """
-    if not 0 <= seed < 2**63:
-        raise CheckError(f"--seed {seed}: give a whole number from 0 to 2**63 - 1")
-
-
 def require_writable(output: Path | None) -> None:
     """Check before the work, and not after it, that the result will have a place.
 
@@ -231,19 +241,11 @@ def require_writable(output: Path | None) -> None:
 def write(text: str, output: Path | None) -> None:
     """Write a result to a file, atomically, or to stdout.
 
-    A reader of stdout that goes away, as `head` does, changes nothing about the exit code.
-
     Raises:
         CheckError: The file, or stdout, cannot be written.
     """
     if output is None:
-        try:
-            _write_stdout(text)
-        except OSError as error:
-            _silence_stdout()
-            raise CheckError(
-                f"cannot write to stdout: {error.strerror}; give --output a file"
-            ) from error
+        write_stdout(text, "; give --output a file")
         return
     try:
         _write_file(text, output)
@@ -252,26 +254,6 @@ def write(text: str, output: Path | None) -> None:
             f"cannot write {output}: {error.strerror}; give --output a path in a directory that "
             f"exists and can be written"
         ) from error
-
-
-def _write_stdout(text: str) -> None:
-    if sys.stdout is None:  # what Python makes of a descriptor that was closed before it began
-        raise OSError(errno.EBADF, "it is closed")
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        _silence_stdout()
-    except UnicodeEncodeError:
-        encoding = sys.stdout.encoding
-        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        sys.stdout.flush()
-
-
-def _silence_stdout() -> None:
-    """Give stdout a place that takes everything: the interpreter flushes it once more at exit."""
-    if sys.stdout is not None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _write_file(text: str, output: Path) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from nvfp4check.cli.streams import is_terminal
+
 
 class Progress(Protocol):
     """Hears how much is done and how much there is in all, and what is being done."""
@@ -17,7 +19,7 @@ class Progress(Protocol):
 @contextmanager
 def progress_bar(label: str, *, in_bytes: bool = False) -> Iterator[Progress | None]:
     """Give a function to report progress to, or None where there is no one to look at it."""
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         yield None
         return
     from rich.console import Console

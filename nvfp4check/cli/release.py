@@ -1,7 +1,6 @@
 """`nvfp4check release CKPT --base BASE --out DIR`: the whole gate in one command."""
 
 import os
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -27,6 +26,7 @@ from nvfp4check.cli.options import (
     require_limits,
     write,
 )
+from nvfp4check.cli.streams import write_stderr
 from nvfp4check.findings import CheckError
 from nvfp4check.report.render import render
 
@@ -160,16 +160,15 @@ def _run(step: "Step", state: "State") -> int | None:
     """Run one step and keep how it ended; return its exit code, None where it was not run."""
     from nvfp4check.cli.main import main
 
-    lacking = [name for name in step.needs if state.steps.get(name, {}).get("code") != 0]
-    if lacking:
-        why = f"{lacking[0]} did not come about"
+    if (lacking := state.lacking(step)) is not None:
+        why = f"{lacking} did not come about"
         state.record(step, None, 0.0, why)
-        print(f"nvfp4check release: {step.name} not run: {why}", file=sys.stderr)
+        write_stderr(f"nvfp4check release: {step.name} not run: {why}\n")
         return None
     argv = list(step.argv)
     if step.run is not None and step.run.exists():
         argv.append("--resume")
-    print(f"nvfp4check release: {step.name}", file=sys.stderr)
+    write_stderr(f"nvfp4check release: {step.name}\n")
     start = time.perf_counter()
     code = main(argv)
     if code != ExitCode.INTERRUPTED:

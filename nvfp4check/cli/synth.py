@@ -8,7 +8,7 @@ import typer
 
 from nvfp4check.cli.command import command, make_app
 from nvfp4check.cli.exit_codes import ExitCode
-from nvfp4check.cli.options import write
+from nvfp4check.cli.options import seed_option, write
 from nvfp4check.cli.progress import progress_bar
 from nvfp4check.findings import CheckError
 
@@ -70,7 +70,7 @@ def synth(
             metavar="N", min=1, help="So many files. [default: 2.5 GB each]", show_default=False
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Which weights.")] = 0,
+    seed: Annotated[int, seed_option("Which weights.")] = 0,
     convention: Annotated[
         str, typer.Option(metavar="NAME", help="Whose arithmetic quantises to NVFP4.")
     ] = "modelopt",

@@ -17,6 +17,9 @@ class Format(StrEnum):
 
 #: What the end of a file's name says about its format.
 _SUFFIXES = {
+    "": Format.TEXT,
+    ".txt": Format.TEXT,
+    ".log": Format.TEXT,
     ".json": Format.JSON,
     ".md": Format.MARKDOWN,
     ".markdown": Format.MARKDOWN,
@@ -28,10 +31,10 @@ _SUFFIXES = {
 }
 
 
-def format_of(path: PurePath | None) -> Format:
-    """Return the format that a file's name asks for, and text where it asks for none."""
+def format_of(path: PurePath | None) -> Format | None:
+    """Return the format that a file's name asks for, None where its suffix is that of none."""
     suffixes = [] if path is None else [suffix.lower() for suffix in path.suffixes]
     for end in ("".join(suffixes[-2:]), "".join(suffixes[-1:])):
         if end in _SUFFIXES:
             return _SUFFIXES[end]
-    return Format.TEXT
+    return None

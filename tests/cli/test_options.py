@@ -11,6 +11,9 @@ from nvfp4check.findings import CheckError
 from nvfp4check.report.formats import Format
 
 
+TINY = Path(__file__).parents[2] / "goldens" / "tiny-deepseek-v3" / "nvfp4"
+
+
 def test_a_file_is_written_whole_with_the_usual_mode(tmp_path: Path) -> None:
     target = tmp_path / "report.json"
     mask = os.umask(0o022)
@@ -86,20 +89,68 @@ def test_a_reader_that_goes_away_changes_nothing_about_the_exit_code() -> None:
     assert complaint == b""
 
 
-@pytest.mark.parametrize(
-    ("redirection", "why"), [(">/dev/full", "No space left on device"), (">&-", "it is closed")]
-)
-def test_a_stdout_that_takes_nothing_is_said_and_is_exit_code_2(redirection: str, why: str) -> None:
-    finished = subprocess.run(
-        f"{sys.executable} -m nvfp4check --version {redirection}",
+def shell(line: str, *, buffered: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a line whose first word is left out: the program's name."""
+    environment = os.environ | {"PYTHONUNBUFFERED": "" if buffered else "1"}
+    return subprocess.run(
+        f"{sys.executable} -m nvfp4check {line}",
         shell=True,
         capture_output=True,
         text=True,
+        env=environment,
     )
-    assert finished.stderr == (
-        f"nvfp4check: error: cannot write to stdout: {why}; give --output a file\n"
-    )
+
+
+@pytest.mark.parametrize(
+    ("redirection", "why", "buffered"),
+    [
+        (">/dev/full", "No space left on device", True),
+        (">/dev/full", "No space left on device", False),
+        (">&-", "it is closed", True),
+    ],
+)
+@pytest.mark.parametrize(
+    ("command", "advice"),
+    [
+        ("--help", ""),
+        ("kernels list -h", ""),
+        ("rules NV602", "; give --output a file"),
+    ],
+)
+def test_a_stdout_that_takes_nothing_is_said_and_is_exit_code_2(
+    command: str, advice: str, redirection: str, why: str, buffered: bool
+) -> None:
+    finished = shell(f"{command} {redirection}", buffered=buffered)
+
+    assert finished.stderr == f"nvfp4check: error: cannot write to stdout: {why}{advice}\n"
     assert finished.returncode == 2
+
+
+@pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-"])
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("agree no such", 2),
+        ("no-command", 2),
+        ("rules NV602", 0),
+        (f"validate {TINY} --level headers", 0),
+    ],
+)
+def test_a_stderr_that_takes_nothing_changes_no_exit_code(
+    command: str, code: int, redirection: str
+) -> None:
+    assert shell(f"{command} {redirection}").returncode == code
+
+
+@pytest.mark.parametrize("command", ["--help", "agree -h"])
+def test_a_help_that_nobody_reads_is_no_error(command: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    line = [sys.executable, "-m", "nvfp4check", *command.split()]
+    finished = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+
+    assert (finished.returncode, finished.stderr) == (0, b"")
 
 
 def test_a_stream_that_cannot_say_a_character_gets_its_escape() -> None:
@@ -125,13 +176,25 @@ def test_a_stream_that_cannot_say_a_character_gets_its_escape() -> None:
         (None, "sarif.json", Format.JSON),
         (None, "r.markdown", Format.MARKDOWN),
         (None, "r.txt", Format.TEXT),
+        (None, "r", Format.TEXT),
+        (None, "v1.2/r", Format.TEXT),
+        (Format.JSON, "r.pdf", Format.JSON),
         (Format.JSON, "r.html", Format.JSON),
     ],
 )
 def test_the_format_is_the_one_asked_for_else_the_suffix(
-    asked: Format | None, output: str | None, expected: Format
+    asked: Format | None, output: str | None, expected: Format, tmp_path: Path
 ) -> None:
-    assert prepared_format(asked, Path(output) if output else None, Format) is expected
+    if output is not None:
+        (tmp_path / output).parent.mkdir(exist_ok=True)
+    assert prepared_format(asked, tmp_path / output if output else None, Format) is expected
+
+
+@pytest.mark.parametrize("name", ["r.pdf", "r.json.gz", "r.jsn", "r.html~"])
+def test_a_suffix_of_no_format_is_refused_with_the_formats(tmp_path: Path, name: str) -> None:
+    suffix = Path(name).suffix
+    with pytest.raises(CheckError, match=rf"{suffix} is the suffix of no format; .* or sarif$"):
+        prepared_format(None, tmp_path / name, Format)
 
 
 def test_ids_may_be_repeated_or_joined_by_commas() -> None:
