@@ -119,12 +119,21 @@ def _texts(tokenizer: str | None) -> TokenOfText:
     """Return a function from a token's text to its id, where one token alone has that text."""
     if tokenizer is None:
         return lambda text: None
-    loaded = load_tokenizer(open_checkpoint(tokenizer).storage)
+    return ids_by_text(load_tokenizer(open_checkpoint(tokenizer).storage)).get
+
+
+def ids_by_text(tokenizer: Any) -> dict[str, int | None]:
+    """Return the id of each text that a tokenizer's tokens have, None where several have it.
+
+    The vocabulary says which ids there are, those of added tokens too: they need not follow one
+    another, so that counting up to their number would miss some and take holes for tokens.
+    """
+    tokens = sorted(set(tokenizer.get_vocab(with_added_tokens=True).values()))
+    texts = tokenizer.decode_batch([[token] for token in tokens], skip_special_tokens=False)
     ids: dict[str, int | None] = {}
-    for token in range(loaded.get_vocab_size()):
-        text = loaded.decode([token], skip_special_tokens=False)
+    for token, text in zip(tokens, texts, strict=True):
         ids[text] = None if text in ids else token
-    return ids.get
+    return ids
 
 
 def _answers(

@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel
+from tokenizers.models import BPE, WordLevel
 
 from nvfp4check.activations import Run
 from nvfp4check.agreement.agree import AgreeOptions, agree
 from nvfp4check.findings import CheckError
 from nvfp4check.forward.options import ForwardOptions
 from nvfp4check.forward.streaming import run_forward
-from nvfp4check.logprobs.capture import CaptureOptions, capture_logprobs
+from nvfp4check.logprobs.capture import CaptureOptions, capture_logprobs, ids_by_text
 from nvfp4check.logprobs.client import Client
 from nvfp4check.logprobs.dialects import (
     LlamaCpp,
@@ -170,6 +173,24 @@ def trtllm(entries: list[tuple[str, float]]) -> dict[str, Any]:
         ],
         "prompt_token_ids": None,
     }
+
+
+def test_a_vocabulary_with_holes_gives_each_text_its_token_and_holes_none() -> None:
+    tokenizer = Tokenizer(WordLevel({"the": 0, "cat": 5, "sat": 900}, unk_token="the"))
+    tokenizer.add_tokens(["odd"])
+    tokenizer.add_special_tokens(["<s>"])
+
+    ids = ids_by_text(tokenizer)
+
+    added = {word: tokenizer.token_to_id(word) for word in ("odd", "<s>")}
+    assert ids == {"the": 0, "cat": 5, "sat": 900, **added}
+
+
+def test_a_text_of_several_tokens_is_that_of_none() -> None:
+    tokenizer = Tokenizer(BPE({"a": 0, "Ġa": 1, "é": 7, "¼": 8}, []))  # two bytes, no characters
+    tokenizer.decoder = ByteLevel()
+
+    assert ids_by_text(tokenizer) == {"a": 0, " a": 1, "\ufffd": None}
 
 
 def stepwise() -> Stepwise:
