@@ -11,7 +11,8 @@
                                     further, row i predicts token i + 2; prompts without rows are
                                     left out. Its points are in layers/NNN, with eh_proj
     RUN/bounds/NNN.safetensors      <prompt id>/<point>/<dtype>: float64 [T], how far a correct
-                                    candidate of that dtype may lie from each token
+                                    candidate of that dtype may lie from each token; <dtype>/tp8 of
+                                    an engine of 8 ranks
 
 Points: attn_input attn_output mlp_input mlp_output hidden (the residual stream after the layer),
 and in layers with experts router_scores (float32 [T, E]: sigmoid + bias, what the choice is made

@@ -368,6 +368,7 @@ def _write(
             activations="all",
             logits="full" if logits else None,
             layers=(layers[0], layers[-1] + 1) if layers else None,
+            ranks=_ranks(),
             inputs={prompt: given.digests[prompt] for prompt in prompts} if given else None,
             versions={
                 "engine": engine or type(model).__name__,
@@ -376,6 +377,13 @@ def _write(
             },
         ),
     )
+
+
+def _ranks() -> int:
+    """Return among how many processes a model may be split, as torch knows."""
+    distributed = torch.distributed
+    together = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if together else 1
 
 
 __all__ = [

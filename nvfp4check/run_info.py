@@ -50,7 +50,9 @@ class RunInfo:
     seed: int | None = None
     #: The run whose experts were forced.
     routing: str | None = None
-    #: Dtypes of candidates that bounds were derived for.
+    #: How many processes each had a share of the products and added them up; None: not known.
+    ranks: int | None = None
+    #: Arithmetics of candidates that bounds were derived for.
     bounds: tuple[str, ...] = ()
     #: Digest by prompt of the states that each layer began with, where another run gave them.
     inputs: dict[str, str] | None = None
@@ -99,6 +101,9 @@ class RunInfo:
             raise ValueError("the text of a prompt is no text")
         if type(values.get("mtp", 0)) is not int:
             raise ValueError("mtp is no number of layers")
+        ranks = values.get("ranks")
+        if ranks is not None and (type(ranks) is not int or ranks < 1):
+            raise ValueError("ranks is no number of processes")
         bounds, inputs = values.get("bounds") or [], values.get("inputs")
         if not isinstance(bounds, list) or not all(isinstance(name, str) for name in bounds):
             raise ValueError("bounds is no list of dtypes")

@@ -239,7 +239,7 @@ def _layers(
 
     points = points_of(candidate)
     noise = [{point.key: point for point in points_of(run)} for run in options.noise]
-    bounds = hold_bounds(reference, candidate, prompts, points)
+    bounds = hold_bounds(reference, candidate, prompts, points, options.bounds)
     units = _units(points, reference, candidate)
     held = hold(points, noise, units, options.alpha, options.seed, bounds.points)
     routing, *noise_routing = (

@@ -16,12 +16,14 @@ def assert_agrees(
     noise: Run | str | Path | None = None,
     max_kl: float | None = None,
     min_top1: float | None = None,
+    bounds: str | None = None,
     allow_skips: bool = False,
 ) -> AgreeResult:
     """Assert that a run agrees with a golden.
 
     With limits the logits are judged, with a noise run or bounds in the golden the layers, with
-    none of them every bit. What the golden holds and the run lacks fails too, unless `allow_skips`.
+    none of them every bit. `bounds` names one of several that the golden has. What the golden holds
+    and the run lacks fails too, unless `allow_skips`.
 
     Raises:
         AssertionError: It does not agree, or too few positions were given to tell; the message says
@@ -36,6 +38,7 @@ def assert_agrees(
             noise=(_opened(noise),) if noise is not None else (),
             max_kl=max_kl,
             min_top1=min_top1,
+            bounds=bounds,
         ),
     )
     skipped = () if allow_skips else result.skipped

@@ -8,7 +8,7 @@ Contract:
                 states (their digests are equal: `forward --inputs`, `capture(inputs=...)`); else
                 the tokens of a prompt up to the first whose recorded `hidden` of the layer before
                 differs from the reference's, rounded to the candidate's dtype: attention is causal
-    dtype       that of the candidate's run.json, or the next coarser one that bounds are there for
+    arithmetic  of the dtype and the ranks that the candidate's run.json says (`declared`)
     applies     not to a candidate of another checkpoint, mode or cache, nor to one with noise:
                 what it should compute is something else
     held        ||c_t - r_t|| <= bound_t at every golden token; one that exceeds it is a divergence.
@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 import torch
 
 from nvfp4check.activations import HIDDEN, SETTLED, Run
+from nvfp4check.agreement.declared import declared, described
 from nvfp4check.agreement.integrity import Problem
 from nvfp4check.agreement.layers import Place, PointAgreement, values
 from nvfp4check.forward.bounds.arithmetic import risk
@@ -33,9 +34,6 @@ from nvfp4ref.rounding import UNIT_ROUNDOFF, round_to
 
 #: Points that follow the choice of experts.
 AFTER_ROUTER = ("router_weights", "mlp_output", HIDDEN)
-
-#: Dtypes that bounds are derived for, from fine to coarse.
-_COARSENESS = ("float64", "float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +61,7 @@ class HeldBound:
 class Bounds:
     """Everything that was held against bounds."""
 
-    #: The declared dtype; None where bounds do not apply.
+    #: The declared arithmetic, a dtype or `bfloat16/tp8`; None where bounds do not apply.
     dtype: str | None = None
     points: Mapping[tuple[int, str], HeldBound] = field(default_factory=dict)
     #: Tokens that chose other experts though no other choice is legal.
@@ -83,15 +81,20 @@ def hold_bounds(
     candidate: Run,
     prompts: Sequence[str],
     points: Sequence[PointAgreement],
+    asked: str | None = None,
 ) -> Bounds:
-    """Hold a candidate against the bounds of the reference, as far as they apply."""
+    """Hold a candidate against the bounds of the reference, as far as they apply.
+
+    Raises:
+        CheckError: The reference has no bounds for the arithmetic that is `asked` for.
+    """
+    dtype = declared(reference.info, candidate.info, asked)
     if not reference.info.bounds:
         return Bounds()
     why = _not_applicable(reference, candidate)
-    dtype = _dtype(reference, candidate)
     if dtype is None:
-        said, there = candidate.info.dtype, ", ".join(reference.info.bounds)
-        why = why or f"its dtype is {said!r}, and the bounds are for {there}"
+        there = ", ".join(reference.info.bounds)
+        why = why or f"{described(candidate.info)}, and the bounds are for {there}"
     if why is not None or dtype is None:
         message = f"not held against the reference's bounds: {why}"
         note = Problem(kind="bounds", run="candidate", message=message, fatal=False)
@@ -116,13 +119,6 @@ def _not_applicable(reference: Run, candidate: Run) -> str | None:
     if theirs.kv_cache not in (None, ours.kv_cache):
         return f"its cache is {theirs.kv_cache}, the reference's {ours.kv_cache}"
     return None
-
-
-def _dtype(reference: Run, candidate: Run) -> str | None:
-    if candidate.info.dtype not in _COARSENESS:
-        return None
-    coarser = _COARSENESS[_COARSENESS.index(candidate.info.dtype) :]
-    return next((name for name in coarser if name in reference.info.bounds), None)
 
 
 class _Holding:

@@ -52,6 +52,8 @@ class AgreeOptions:
     #: Checkpoint whose head makes logits of final states.
     head: str | None = None
     seed: int = 0
+    #: Which of the reference's bounds; None: by what the candidate says of itself.
+    bounds: str | None = None
 
     @property
     def limited(self) -> bool:

@@ -107,6 +107,14 @@ def agree(
             show_default=False,
         ),
     ] = None,
+    bounds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPE[/tpN]",
+            help="Which of the reference's bounds. [default: by the candidate's dtype and ranks]",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[
         int, typer.Option(metavar="N", help="Which resamples of the positions are drawn.")
     ] = 0,
@@ -156,6 +164,7 @@ def agree(
         judge=Judge(judge.value),
         head=head,
         seed=seed,
+        bounds=bounds,
     )
     opened = Run.open(reference), Run.open(candidate)
     others = (*options.noise, options.forced, options.versus)

@@ -65,8 +65,8 @@ class Dtype(StrEnum):
         "nvfp4check forward ./model --prompts prompts.jsonl --logits topk:20 --out run --resume",
         "nvfp4check forward /shared/model --mtp --engine ray --out run",
         "nvfp4check forward ./model --perturb ulp:bfloat16 --seed 1 --out noise",
-        "nvfp4check forward ./model --activations all --bounds float32,bfloat16 --out reference",
-        "nvfp4check forward ./model --dtype bfloat16 --inputs reference --out candidate",
+        "nvfp4check forward ./model --activations all --bounds bfloat16,bfloat16/tp8 --out golden",
+        "nvfp4check forward ./model --dtype bfloat16 --inputs golden --out candidate",
     ),
 )
 def forward(
@@ -123,9 +123,9 @@ def forward(
     bounds: Annotated[
         str | None,
         typer.Option(
-            metavar="DTYPE[,…]",
+            metavar="DTYPE[/tpN][,…]",
             help="How far a correct candidate of these dtypes may lie off, for `agree`: "
-            "float32, bfloat16, float16.",
+            "float32, bfloat16, float16; with /tp8, of an engine of 8 ranks.",
             show_default=False,
         ),
     ] = None,

@@ -135,6 +135,19 @@ class StreamedLinear:
             lambda squares: rows @ squares.T,
         )
 
+    def squares_by_part(self, x: torch.Tensor, parts: int) -> torch.Tensor:
+        """Return, of float32 x [M, K] in so many parts, the sum of their products' squares."""
+        raw, width = self._bytes(), x.shape[1] // parts
+
+        def product(weight: torch.Tensor) -> torch.Tensor:
+            total = x.new_zeros(len(x), len(weight))
+            for start in range(0, x.shape[1], width):
+                part = slice(start, start + width)
+                total += (x[:, part] @ weight[:, part].T).square_()
+            return total
+
+        return self._by_rows(x, lambda rows: self._values(raw, rows, torch.float32), product)
+
     def _bytes(self) -> RawParts:
         raw = self._raw if self._raw is not None else self._reader.take(self._weight)
         self._raw = raw if self._kept else None

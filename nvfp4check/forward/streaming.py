@@ -155,7 +155,7 @@ class _Pass:
         self.forced = forced_run(options.routing, self.tokens)
         self.inputs = given_inputs(options.inputs, self.tokens)
         refuse_bounds(options)
-        self.roundings = roundings_of(options.bounds, self.dtype)
+        self.roundings = roundings_of(options.bounds, self.dtype, self.config)
         self.budget = self._plan()
         self.meter = Meter()
 
@@ -199,6 +199,7 @@ class _Pass:
             perturb=str(options.perturbation) if options.perturbation else None,
             seed=options.seed if options.perturbation else None,
             routing=str(options.routing) if options.routing else None,
+            ranks=1,
             bounds=options.bounds,
             inputs=dict(self.inputs.digests) if self.inputs else None,
             versions={

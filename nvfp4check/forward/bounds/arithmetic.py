@@ -31,6 +31,7 @@ ESAIM: P&S 24 (2020), on strict sub-Gaussianity.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -53,8 +54,9 @@ BOUNDED = 2.0
 DIRECTED_RANDOM, DIRECTED_BOUNDED, FRESH_RANDOM, FRESH_BOUNDED = range(4)
 KINDS = 4
 
-#: Arithmetic that can be declared.
+#: Arithmetic that can be declared, each also over some ranks: bfloat16/tp8.
 DECLARABLE = ("float32", "bfloat16", "float16")
+_NAME = re.compile(r"(?P<dtype>\w+?)(?:/tp(?P<ranks>[1-9]\d*))?")
 
 
 def risk() -> float:
@@ -68,26 +70,39 @@ class Declared:
 
     dtype: torch.dtype
     facts: Facts
+    #: Over how many ranks products are split, whose shares are added up (`parallel`).
+    ranks: int = 1
 
     @classmethod
     def of_candidate(cls, name: str) -> Self:
         """Return the arithmetic of an engine whose activations are of this dtype.
 
         float32 is computed by units that round to nearest, one rounding a term; narrower dtypes by
-        tensor cores, whose accumulators are float32 and may truncate.
+        tensor cores, whose accumulators are float32 and may truncate. `/tp8` after the dtype is an
+        engine of 8 ranks.
 
         Raises:
-            CheckError: The dtype is none that can be declared.
+            CheckError: The dtype is none that can be declared, or the ranks are no power of two.
         """
-        if name not in DECLARABLE:
-            raise CheckError(f"--bounds {name!r}: give any of {', '.join(DECLARABLE)}")
-        dtype: torch.dtype = getattr(torch, name)
-        return cls(dtype, _CAREFUL if dtype == torch.float32 else Facts())
+        dtype, ranks = split_name(name)
+        if dtype not in DECLARABLE or ranks.bit_count() != 1 or name.endswith("/tp1"):
+            raise CheckError(
+                f"--bounds {name!r}: give any of {', '.join(DECLARABLE)}, of an engine of N ranks "
+                "with /tpN after it, N a power of two: bfloat16/tp8"
+            )
+        found: torch.dtype = getattr(torch, dtype)
+        return cls(found, _CAREFUL if found == torch.float32 else Facts(), ranks)
 
     @classmethod
     def of_reference(cls, dtype: torch.dtype) -> Self:
         """Return the arithmetic of `nvfp4ref` with activations of this dtype."""
         return cls(dtype, _EXACT if dtype == torch.float64 else _CAREFUL)
+
+
+def split_name(name: str) -> tuple[str, int]:
+    """Return dtype and ranks of what a name declares; 0 ranks where it is no such name."""
+    found = _NAME.fullmatch(name)
+    return (found["dtype"], int(found["ranks"] or 1)) if found else (name, 0)
 
 
 _CAREFUL = Facts(accumulator_rounding=Rounding.NEAREST, accumulation_chunk=1)

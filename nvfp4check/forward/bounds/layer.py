@@ -19,11 +19,19 @@ from typing import Any, cast
 import torch
 
 from nvfp4check.activations import HIDDEN
+from nvfp4check.findings import CheckError
 from nvfp4check.forward.bounds import straddles
 from nvfp4check.forward.bounds.absorbed import Absorbed, Halves
 from nvfp4check.forward.bounds.arithmetic import FRESH_RANDOM, Roundings
 from nvfp4check.forward.bounds.attention import attended
-from nvfp4check.forward.bounds.linear import InputForm, Operands, SquaringLinear, through
+from nvfp4check.forward.bounds.linear import (
+    InputForm,
+    Operands,
+    Passed,
+    SquaringLinear,
+    through,
+)
+from nvfp4check.forward.bounds.parallel import of_joined, of_linear, split
 from nvfp4check.forward.bounds.pointwise import gated, norm, residual, rotated
 from nvfp4check.forward.bounds.routing import (
     ExpertSum,
@@ -37,6 +45,9 @@ from nvfp4ref.deepseek_v3.linear import Linear
 from nvfp4ref.deepseek_v3.model import DecoderLayerWeights
 from nvfp4ref.deepseek_v3.moe import MlpWeights, MoeWeights
 from nvfp4ref.rounding import round_to
+
+#: Linears of whose products ranks have shares.
+_ROW_PARALLEL = ("o_proj", "down_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +136,11 @@ class LayerBounds:
                 found = norm(self._stream, plain.input_layernorm, eps, value, roundings)
             case "attn_output":
                 found = self._at["o_proj"]
-                self._stored = self._stored + value
+                before, self._stored = self._stored, self._stored + value
                 self._stream = residual(self._stream, found, self._stored, roundings)
+                if split(roundings):
+                    joined = of_joined(roundings, before.double(), self._stored.double())
+                    self._stream = self._stream.plus(joined)
             case "mlp_input":
                 found = norm(self._stream, plain.post_attention_layernorm, eps, value, roundings)
             case "router_scores":
@@ -155,13 +169,15 @@ class LayerBounds:
         """Hear of a product."""
         given = self._input_of(role, x)
         passed = through(linear, given, y, self._roundings, self._operands)
+        if role.endswith(_ROW_PARALLEL) and split(self._roundings):
+            passed = self._over_ranks(role, linear, given, passed)
         self._at[role] = passed.output
         tokens = self._tokens_of(role)
         self.straddles[:, tokens] += passed.straddles
         if role == "kv_b_proj":
             self._attend(self._unfolded(passed.output, linear, given), given.value, linear)
         if role.endswith("down_proj"):
-            self._down(role, passed.output)
+            self._down(role, passed)
 
     def _input_of(self, role: str, x: torch.Tensor) -> Uncertain:
         """Return what is known of the input of a product."""
@@ -275,22 +291,47 @@ class LayerBounds:
             self._config,
             self._roundings,
         )
-        self._sum = ExpertSum(found, self._stored.shape[-1])
+        self._sum = ExpertSum(found, self._stored.shape[-1], self._roundings)
         return found
 
-    def _down(self, role: str, output: Uncertain) -> None:
+    def _over_ranks(
+        self, role: str, linear: SquaringLinear, given: Uncertain, passed: Passed
+    ) -> Passed:
+        """Return a product as it is where ranks have shares of it.
+
+        Raises:
+            CheckError: Each rank would quantise its share by a scale of its own.
+        """
+        if linear.input().form is InputForm.FP8_PER_TOKEN:
+            raise CheckError(
+                f"--bounds: {role} scales its input by token, which each of several ranks does by "
+                "its own share; leave /tpN out"
+            )
+        if role not in ("o_proj", "dense.down_proj"):
+            return passed  # experts are added up before their shares are
+        x, squares, terms = given.value, passed.squares, given.value.shape[-1]
+        if role == "o_proj":
+            terms = self._config.num_attention_heads
+            largest = x.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+            parts = linear.squares_by_part((x / largest).float(), terms)
+            squares = parts.double() * largest.square()
+        output = passed.output
+        added = of_linear(self._roundings, output.value, squares, terms)
+        return replace(passed, output=output.plus(added))
+
+    def _down(self, role: str, passed: Passed) -> None:
         if self._sum is None:
             return
         if self._rows is not None and role.startswith("expert."):
-            self._sum.add(output, *self._rows, self._roundings)
+            self._sum.add(passed.output, passed.squares, *self._rows)
         else:
-            self._sum.add_shared(output)
+            self._sum.add_shared(passed.output, passed.squares)
 
     def _mlp_output(self, value: torch.Tensor) -> Uncertain:
         if self._sum is None:
             return self._at["dense.down_proj"]
         terms = self._config.num_experts_per_tok + self._config.n_shared_experts
-        return self._sum.total(value, terms, self._roundings)
+        return self._sum.total(value, terms)
 
     def _watched_mlp(self, weights: MlpWeights, prefix: str) -> MlpWeights:
         return MlpWeights(

@@ -80,6 +80,10 @@ class SquaringLinear(Protocol):
         """Return float32 rows [R, K] times the transposed squares of the weight, [R, N]."""
         ...
 
+    def squares_by_part(self, x: torch.Tensor, parts: int) -> torch.Tensor:
+        """Return, of float32 x [M, K] in so many parts, the sum of their products' squares."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Passed:
@@ -88,6 +92,8 @@ class Passed:
     output: Uncertain
     #: [A, M], on the processor.
     straddles: torch.Tensor
+    #: Sum of the squares of what each input feature adds, [M, N].
+    squares: torch.Tensor
 
 
 class Operands:
@@ -141,7 +147,7 @@ def through(
         local = local + roundings.of_weights(own_squares)
     none = torch.zeros(len(roundings), len(value), dtype=torch.int64)
     counted = none if quantised is None else quantised.straddles
-    return Passed(Uncertain(value, inherited + local, taken.common), counted)
+    return Passed(Uncertain(value, inherited + local, taken.common), counted, own_squares)
 
 
 def _quantised(x: Uncertain, form: Input) -> straddles.Quantised:

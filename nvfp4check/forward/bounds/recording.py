@@ -1,9 +1,12 @@
 """The bounds of a run: asked for by name, and written beside its points.
 
-RUN/bounds/NNN.safetensors    <prompt>/<point>/<dtype>: float64 [T], how far a token may lie off
-                              <prompt>/straddles/<dtype>: int32 [T], codes counted as flipped
-                              <prompt>/settled/<dtype>: uint8 [T], 0 where another choice of
+RUN/bounds/NNN.safetensors    <prompt>/<point>/<arithmetic>: float64 [T], how far a token may lie
+                              off
+                              <prompt>/straddles/<arithmetic>: int32 [T], codes counted as flipped
+                              <prompt>/settled/<arithmetic>: uint8 [T], 0 where another choice of
                               experts is legal; not in dense layers
+
+An arithmetic is a dtype, of several ranks with their number after it: bfloat16/tp8.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,10 +18,12 @@ from nvfp4check.activations import SETTLED, STRADDLES, bounds_file, write_tensor
 from nvfp4check.findings import CheckError
 from nvfp4check.forward.bounds.arithmetic import DECLARABLE, Declared, Roundings
 from nvfp4check.forward.bounds.layer import LayerBounds
+from nvfp4check.forward.bounds.parallel import require_ranks
+from nvfp4ref.deepseek_v3.config import DeepseekV3Config
 
 
 def parse_bounds(text: str) -> tuple[str, ...]:
-    """Return the dtypes that `float32,bfloat16` asks for, each once.
+    """Return the arithmetics that `bfloat16,bfloat16/tp8` asks for, each once.
 
     Raises:
         CheckError: One of them cannot be declared.
@@ -31,12 +36,20 @@ def parse_bounds(text: str) -> tuple[str, ...]:
     return names
 
 
-def roundings_of(names: Sequence[str], reference: torch.dtype) -> Roundings | None:
-    """Return what is rounded by candidates of these dtypes and a reference; None without any."""
+def roundings_of(
+    names: Sequence[str], reference: torch.dtype, config: DeepseekV3Config
+) -> Roundings | None:
+    """Return what is rounded by candidates of these arithmetics and a reference; None without any.
+
+    Raises:
+        CheckError: An engine of so many ranks cannot have the model.
+    """
     if not names:
         return None
     declared = [Declared.of_candidate(name) for name in names]
-    return Roundings(declared, Declared.of_reference(reference))
+    roundings = Roundings(declared, Declared.of_reference(reference))
+    require_ranks(roundings, config)
+    return roundings
 
 
 def write_bounds(

@@ -14,13 +14,15 @@ Contract:
               the open groups every chosen expert every other one. Where this fails another choice
               of experts is legal; what follows it has a bound only for the reference's choice
     sum       the experts' outputs w_e y_e come from one input: their errors are added as roots.
-              The dtype holds each y_e, each product, the sum of the routed and that with the shared
+              The dtype holds each y_e, each product, the sum of the routed and that with the
+              shared. What several ranks round beside is in `parallel`
 """
 
 import torch
 
 from nvfp4check.forward.bounds.arithmetic import KINDS, Roundings
 from nvfp4check.forward.bounds.linear import gain
+from nvfp4check.forward.bounds.parallel import ExpertShares, split
 from nvfp4check.forward.bounds.uncertain import (
     Uncertain,
     minkowski,
@@ -100,42 +102,54 @@ def settled(scores: Uncertain, experts: torch.Tensor, config: DeepseekV3Config) 
 class ExpertSum:
     """Collects what experts give, root by root; [A, KINDS, T, D]."""
 
-    def __init__(self, weights: Uncertain, width: int) -> None:
+    def __init__(self, weights: Uncertain, width: int, roundings: Roundings) -> None:
         self._weights = weights
+        self._roundings = roundings
         arithmetics, _, tokens = weights.common.shape
         self._roots = weights.value.new_zeros(arithmetics, KINDS, tokens, width)
         #: Sum of the squares of what is added, for the roundings of the sum.
         self._squares = weights.value.new_zeros(tokens, width)
         self._rounded = weights.value.new_zeros(arithmetics, KINDS, tokens, width)
-        self._terms = 0
+        self._shares = ExpertShares(self._squares.clone()) if split(roundings) else None
 
     def add(
-        self, output: Uncertain, token: torch.Tensor, slot: torch.Tensor, roundings: Roundings
+        self,
+        output: Uncertain,
+        squares: torch.Tensor,
+        token: torch.Tensor,
+        slot: torch.Tensor,
     ) -> None:
-        """Add an expert's output for the tokens that chose it, each with its weight."""
+        """Add an expert's output for the tokens that chose it, each with its weight.
+
+        `squares` are the sums of the squares of what its neurons add, as of the shared expert.
+        """
         weight = self._weights.value[token, slot].unsqueeze(-1)
         its_variance = self._weights.variance[:, :, token, slot].unsqueeze(-1)
         product = weight * output.value
         added = minkowski(weight.square() * output.total, its_variance * output.value.square())
         self._roots[:, :, token] += added.sqrt()
-        self._rounded[:, :, token] += roundings.of_output(product)
+        self._rounded[:, :, token] += self._roundings.of_output(product)
         self._squares[token] += product.square()
-        self._terms += 1
+        if self._shares is not None:
+            self._shares.add(product, weight.square() * squares, token)
 
-    def add_shared(self, output: Uncertain) -> None:
+    def add_shared(self, output: Uncertain, squares: torch.Tensor) -> None:
         """Add the shared expert's output."""
         self._roots += output.total.sqrt()
         self._squares += output.value.square()
-        self._terms += 1
+        if self._shares is not None:
+            self._shares.add_shared(output.value, squares)
 
-    def total(self, value: torch.Tensor, terms: int, roundings: Roundings) -> Uncertain:
+    def total(self, value: torch.Tensor, terms: int) -> Uncertain:
         """Return the error of the sum [T, D] of so many terms a token."""
         value = value.double()
         local = (
-            roundings.of_output(value, 2)
-            + roundings.of_sum(terms, value, self._squares)
+            self._roundings.of_output(value, 2)
+            + self._roundings.of_sum(terms, value, self._squares)
             + self._rounded
         )
+        if self._shares is not None:
+            local = local + self._shares.total(value, self._roundings)
         return Uncertain(
             value, self._roots.square() + local, torch.zeros_like(self._weights.common)
         )
