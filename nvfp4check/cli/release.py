@@ -151,9 +151,9 @@ def _run_page(step: "Step", state: "State") -> int:
     """Write the page of what there is; return the exit code."""
     from nvfp4check.cli.main import main
 
-    command, *files = step.argv
-    there = [part for part in files if not part.endswith(".json") or Path(part).is_file()]
-    return main([command, str(state.path), *there])
+    command, *rest = step.argv
+    absent = {str(other.output) for other in state.planned if not state.done(other)}
+    return main([command, str(state.path), *(part for part in rest if part not in absent)])
 
 
 def _run(step: "Step", state: "State") -> int | None:

@@ -1,11 +1,14 @@
 """What the gate of a release tells its reader: what to give, where the page is, what was redone."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from nvfp4check.release import ReleaseOptions, begin
 
 Run = Callable[..., Any]
 
@@ -14,14 +17,20 @@ STEPS = ["validate", "forward-base", "noise-1", "noise-2", "forward-candidate", 
 
 
 @pytest.fixture
-def gate(run: Run, tmp_path: Path) -> Run:
+def model(tmp_path: Path) -> Path:
+    """Return a copy of the tiny NVFP4 model that a test may change."""
+    return shutil.copytree(TINY / "nvfp4", tmp_path / "nvfp4")
+
+
+@pytest.fixture
+def gate(run: Run, tmp_path: Path, model: Path) -> Run:
     """Return a function that runs the gate of the tiny NVFP4 model in `gate`."""
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"id": "a", "tokens": [0, 17, 4, 300]}\n{"id": "b", "tokens": [0, 5]}\n')
 
     def pass_through(*more: str) -> Any:
         return run(
-            *("release", str(TINY / "nvfp4"), "--base", str(TINY / "fp8")),
+            *("release", str(model), "--base", str(TINY / "fp8")),
             *("--prompts", str(prompts), "--out", str(tmp_path / "gate"), *more),
         )
 
@@ -61,3 +70,81 @@ def test_a_gate_goes_on_where_it_stands_and_judges_anew_what_has_other_limits(
     assert document["schema"] == "nvfp4check/release/1"
     assert document["verdict"] == "fail"
     assert document["page"].endswith("report.html")
+
+
+def test_a_gate_that_was_cut_off_says_that_it_is_incomplete(gate: Run, tmp_path: Path) -> None:
+    gate("--max-kl", "5")
+    state_file = tmp_path / "gate/release.json"
+    state = json.loads(state_file.read_text(encoding="utf-8"))
+    state["steps"] = state["steps"][:3]
+    state_file.write_text(json.dumps(state), encoding="utf-8")
+    options = ReleaseOptions(
+        checkpoint=state["checkpoint"],
+        base=state["base"],
+        out=tmp_path / "gate",
+        prompts=tmp_path / "prompts.jsonl",
+        max_kl=5.0,
+    )
+
+    left = begin(options, resume=True).document()
+
+    assert left["verdict"] == "incomplete"
+    assert [step["verdict"] for step in left["steps"]] == ["pass"] * 3 + ["not run"] * 3
+    again = gate("--max-kl", "5", "--resume")
+    assert again.code == 0
+    done = [line.rpartition(" ")[2] for line in again.err.splitlines()]
+    assert done == ["noise-2", "forward-candidate", "agree"]
+
+
+def test_a_gate_does_not_take_the_results_of_other_prompts_for_these(
+    gate: Run, tmp_path: Path
+) -> None:
+    gate("--max-kl", "5")
+    (tmp_path / "prompts.jsonl").write_text('{"id": "a", "tokens": [0, 17, 4, 301]}\n')
+
+    again = gate("--max-kl", "5", "--resume", "--format", "json")
+
+    document = json.loads(again.out)
+    verdicts = {step["name"]: step["verdict"] for step in document["steps"]}
+    assert again.code == 2
+    assert verdicts == {"validate": "pass"} | dict.fromkeys(STEPS[1:-1], "incomplete") | {
+        "agree": "not run"
+    }
+    assert "prompts" in again.err
+    # What is not of these prompts is not on the page.
+    page = (tmp_path / "gate/report.html").read_text(encoding="utf-8")
+    assert page.count('<section class="result"') == 2
+
+
+def test_a_changed_card_is_read_again_and_nothing_else(
+    gate: Run, tmp_path: Path, model: Path
+) -> None:
+    gate("--max-kl", "5")
+    (model / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
+
+    again = gate("--max-kl", "5", "--resume")
+
+    assert again.err.splitlines() == ["nvfp4check release: validate"]
+
+
+def test_a_checkpoint_that_changed_needs_a_new_gate(gate: Run, tmp_path: Path, model: Path) -> None:
+    gate("--max-kl", "5")
+    shard = sorted(model.glob("*.safetensors"))[0]
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.unlink()
+    shard.write_bytes(data)
+
+    again = gate("--max-kl", "5", "--resume")
+
+    assert again.code == 2
+    assert "have changed since this gate began" in again.err
+
+
+def test_a_step_that_is_no_longer_planned_is_not_told_of(gate: Run) -> None:
+    gate("--max-kl", "5", "--split")
+
+    again = gate("--max-kl", "5", "--resume", "--format", "json")
+
+    assert again.code == 0
+    assert [step["name"] for step in json.loads(again.out)["steps"]] == STEPS
