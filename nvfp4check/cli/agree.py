@@ -14,7 +14,7 @@ from nvfp4check.cli.options import (
     OutputOption,
     prepared_format,
     require_limits,
-    require_seed,
+    seed_option,
     write,
 )
 from nvfp4check.findings import CheckError
@@ -115,9 +115,7 @@ def agree(
             show_default=False,
         ),
     ] = None,
-    seed: Annotated[
-        int, typer.Option(metavar="N", help="Which resamples of the positions are drawn.")
-    ] = 0,
+    seed: Annotated[int, seed_option("Which resamples of the positions are drawn.")] = 0,
     allow_skips: Annotated[
         bool,
         typer.Option("--allow-skips", help="Exit with 0 though something was not recorded."),
@@ -143,7 +141,6 @@ def agree(
     if not 0.5 <= power < 1:
         raise CheckError(f"--power {power}: give a probability from 0.5 to below 1, such as 0.8")
     require_limits(max_kl, min_top1)
-    require_seed(seed)
     into = prepared_format(format, output, AgreeFormat)
 
     from nvfp4check.activations import Run

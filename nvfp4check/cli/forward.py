@@ -21,6 +21,7 @@ from nvfp4check.cli.options import (
     PlainFormatOption,
     PromptsOption,
     prepared_format,
+    seed_option,
     write,
 )
 from nvfp4check.cli.progress import progress_bar
@@ -113,7 +114,7 @@ def forward(
             show_default=False,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Which noise.")] = 0,
+    seed: Annotated[int, seed_option("Which noise.")] = 0,
     routing: Annotated[
         Path | None,
         typer.Option(
