@@ -76,6 +76,8 @@ class Step:
     needs: tuple[str, ...] = ()
     #: The run directory it fills, which it can go on with.
     run: Path | None = None
+    #: Whether it keeps a journal of its own, which it can go on from.
+    journal: bool = False
     #: Files beside the checkpoints that it reads.
     reads: tuple[Path, ...] = ()
 
@@ -203,6 +205,7 @@ def plan(options: ReleaseOptions) -> list[Step]:
                 *("--output", str(out / "validate.json")),
             ),
             output=out / "validate.json",
+            journal=True,
             reads=(options.card or Path(options.checkpoint) / "README.md",),
         ),
         _forward("forward-base", options.base, runs / "base", options),

@@ -119,7 +119,7 @@ def release(
     state = begin(options, resume=resume)
     *computed, page = steps
     for step in computed:
-        if not state.done(step) and _run(step, state) == ExitCode.INTERRUPTED:
+        if not state.done(step) and _run(step, state, resume=resume) == ExitCode.INTERRUPTED:
             return ExitCode.INTERRUPTED
     state.write()
     if (code := _run_page(page, state)) != ExitCode.HOLDS:
@@ -156,7 +156,7 @@ def _run_page(step: "Step", state: "State") -> int:
     return main([command, str(state.path), *(part for part in rest if part not in absent)])
 
 
-def _run(step: "Step", state: "State") -> int | None:
+def _run(step: "Step", state: "State", *, resume: bool) -> int | None:
     """Run one step and keep how it ended; return its exit code, None where it was not run."""
     from nvfp4check.cli.main import main
 
@@ -166,7 +166,7 @@ def _run(step: "Step", state: "State") -> int | None:
         write_stderr(f"nvfp4check release: {step.name} not run: {why}\n")
         return None
     argv = list(step.argv)
-    if step.run is not None and step.run.exists():
+    if (step.journal and resume) or (step.run is not None and step.run.exists()):
         argv.append("--resume")
     write_stderr(f"nvfp4check release: {step.name}\n")
     start = time.perf_counter()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from nvfp4check.cli.main import main
 from nvfp4check.release import ReleaseOptions, begin
 
 Run = Callable[..., Any]
@@ -94,6 +95,26 @@ def test_a_gate_that_was_cut_off_says_that_it_is_incomplete(gate: Run, tmp_path:
     assert again.code == 0
     done = [line.rpartition(" ")[2] for line in again.err.splitlines()]
     assert done == ["noise-2", "forward-candidate", "agree"]
+
+
+def test_what_was_cut_off_goes_on_from_its_journal(
+    gate: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate("--max-kl", "5")
+    for name in ("validate", "noise-1"):
+        (tmp_path / f"gate/{name}.json").unlink()
+    commands: list[list[str]] = []
+
+    def listening(argv: list[str]) -> int:
+        commands.append(argv)
+        return main(argv)
+
+    monkeypatch.setattr("nvfp4check.cli.main.main", listening)
+    again = gate("--max-kl", "5", "--resume")
+
+    resumed = {argv[0]: argv[-1] == "--resume" for argv in commands}
+    assert again.code == 0
+    assert resumed == {"validate": True, "forward": True, "agree": False, "report": False}
 
 
 def test_a_gate_does_not_take_the_results_of_other_prompts_for_these(
