@@ -72,6 +72,10 @@ class Ahead:
         """Have the storage below do it."""
         self._storage.gather(name, ranges)
 
+    def give_up(self) -> None:
+        """Have the storage below do it."""
+        self._storage.give_up()
+
     def read(self, name: str, start: int, stop: int) -> bytes:
         """Read bytes `start` to `stop` of a file; ranges of the plan before it are passed over.
 
@@ -103,8 +107,11 @@ class Ahead:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if kind is not None:
+            self._storage.give_up()
+        self._pool.shutdown(wait=True)
 
 
 class RangedBytes:

@@ -23,7 +23,8 @@ from urllib3.exceptions import (
 )
 
 from nvfp4check import __version__
-from nvfp4check.checkpoint.remote import CONNECTIONS, PassingError
+from nvfp4check.checkpoint.patience import PassingError
+from nvfp4check.checkpoint.remote import CONNECTIONS
 from nvfp4check.findings import CheckError
 
 _CHUNK = 1 << 18

@@ -6,14 +6,13 @@ server is at fault for ends the run as a `CheckError`, after attempts with growi
 another attempt can help. No more is ever taken from a server than was asked of it.
 """
 
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import TypeVar
 
+from nvfp4check.checkpoint.patience import PassingError, Patience, Retry
 from nvfp4check.checkpoint.storage import Range, StorageError, unsafe_name
-from nvfp4check.findings import CheckError
 
 #: Requests that wait for the network side by side.
 CONNECTIONS = 8
@@ -21,7 +20,6 @@ CONNECTIONS = 8
 MAX_FILES = 100_000
 #: Bytes of one request; a longer read is several, side by side, each tried again by itself.
 REQUEST_BYTES = 8 << 20
-_LONGEST_DELAY = 60.0
 #: Small ranges with no more than this between them are one request.
 _GAP = 16 << 10
 _GATHERED_BYTES = 256 << 10
@@ -29,68 +27,13 @@ _GATHERED_BYTES = 256 << 10
 Result = TypeVar("Result")
 
 
-class PassingError(Exception):
-    """A failure that may pass.
-
-    `delay` is what the server asked to wait, if it did; `unreachable` says that there was no
-    server at all: then waiting rarely helps.
-    """
-
-    def __init__(self, why: str, *, delay: float | None = None, unreachable: bool = False) -> None:
-        super().__init__(why)
-        self.delay = delay
-        self.unreachable = unreachable
-
-
-@dataclass(frozen=True, slots=True)
-class Retry:
-    """How often and how patiently a request is repeated; each delay is twice the last.
-
-    A server that has never answered is given `first_attempts`: its name is probably wrong.
-    """
-
-    attempts: int = 6
-    first_attempts: int = 2
-    first_delay: float = 0.5
-    sleep: Callable[[float], None] = time.sleep
-
-    def run(self, what: str, action: Callable[[], Result], *, reached: bool) -> Result:
-        """Do an action until it succeeds.
-
-        Raises:
-            CheckError: every attempt failed; the last reason is given.
-        """
-        delay = self.first_delay
-        attempt = 1
-        while True:
-            try:
-                return action()
-            except PassingError as error:
-                new = error.unreachable and not reached
-                if attempt >= (self.first_attempts if new else self.attempts):
-                    raise CheckError(
-                        f"{what}: {error}, after {attempt} attempts{_advice(new)}"
-                    ) from (error)
-                self.sleep(min(max(delay, error.delay or 0.0), _LONGEST_DELAY))
-            delay *= 2
-            attempt += 1
-
-
-def _advice(new: bool) -> str:
-    if new:
-        return "; check the spelling of the address and the network"
-    return "; run again later, validate with --resume to go on where it stopped"
-
-
 class RemoteStorage:
     """A storage whose files come over a network, by `_find` and `_fetch` of its subclass."""
 
     def __init__(self, location: str, retry: Retry | None = None) -> None:
         self._location = location.rstrip("/")
-        self._retry = retry or Retry()
+        self._patience = Patience(retry or Retry())
         self._files: dict[str, int] | None = None
-        #: Whether the server has answered yet.
-        self._reached = False
         #: JSON read whole; the index is read both for its shards and for itself.
         self._documents: dict[tuple[str, int, int], bytes] = {}
         #: Small ranges that were read before they were asked for, and the files they lie in.
@@ -133,7 +76,7 @@ class RemoteStorage:
         if len(starts) <= 1:
             data = self._read(name, start, stop) if start < stop else b""
         else:
-            with ThreadPoolExecutor(min(CONNECTIONS, len(starts))) as pool:
+            with self._side_by_side() as pool:
                 data = b"".join(
                     pool.map(lambda at: self._read(name, at, min(at + REQUEST_BYTES, stop)), starts)
                 )
@@ -154,7 +97,7 @@ class RemoteStorage:
         for start, stop in wanted:
             self._check(name, start, stop)
         groups = _groups(wanted)
-        with ThreadPoolExecutor(CONNECTIONS) as pool:
+        with self._side_by_side() as pool:
             for group, data in zip(
                 groups,
                 pool.map(lambda g: self._read(name, g[0][0], g[-1][1]), groups),
@@ -195,9 +138,24 @@ class RemoteStorage:
         return self._try(f"{self._location}/{name}", attempt)
 
     def _try(self, what: str, action: Callable[[], Result]) -> Result:
-        result = self._retry.run(what, action, reached=self._reached)
-        self._reached = True
-        return result
+        return self._patience.run(what, action)
+
+    def give_up(self) -> None:
+        """End reads that wait for the server: nobody will take them."""
+        self._patience.give_up()
+
+    @contextmanager
+    def _side_by_side(self) -> Iterator[ThreadPoolExecutor]:
+        """Give threads for requests; when one fails, or Ctrl-C comes, the others are given up."""
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            try:
+                yield pool
+            except StorageError:  # a file's fault, and not the server's
+                raise
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                self.give_up()
+                raise
 
     def _find(self) -> dict[str, int]:
         raise NotImplementedError

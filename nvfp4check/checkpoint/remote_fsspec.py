@@ -2,7 +2,8 @@
 
 import sys
 
-from nvfp4check.checkpoint.remote import MAX_FILES, PassingError, RemoteStorage, Retry
+from nvfp4check.checkpoint.patience import PassingError, Retry
+from nvfp4check.checkpoint.remote import MAX_FILES, RemoteStorage
 from nvfp4check.checkpoint.storage import StorageError, unsafe_name
 from nvfp4check.findings import CheckError
 

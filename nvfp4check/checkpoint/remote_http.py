@@ -12,7 +12,7 @@ import email.utils
 import re
 import time
 import urllib.parse
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from typing import NoReturn
 
 import urllib3
@@ -27,7 +27,8 @@ from nvfp4check.checkpoint.connections import (
     reason_of,
 )
 from nvfp4check.checkpoint.index import INDEX_FILE, read_index
-from nvfp4check.checkpoint.remote import CONNECTIONS, PassingError, RemoteStorage, Retry
+from nvfp4check.checkpoint.patience import PassingError, Retry
+from nvfp4check.checkpoint.remote import RemoteStorage
 from nvfp4check.checkpoint.storage import StorageError
 from nvfp4check.findings import CheckError
 
@@ -50,6 +51,8 @@ PASSING = (408, 425, 429, 500, 502, 503, 504)
 #: How long the target of a redirect is used again: far less than signed addresses are good for.
 _TARGET_SECONDS = 300.0
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d{1,18})-(\d{1,18})|\*)/(\d{1,18})", re.ASCII)
+#: `"api";r=0;t=55`: no request is left for 55 seconds.
+_NOTHING_LEFT = re.compile(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d{1,9})", re.ASCII)
 
 
 class HttpStorage(RemoteStorage):
@@ -97,7 +100,7 @@ class HttpStorage(RemoteStorage):
         return self._files
 
     def _sizes(self, names: tuple[str, ...] | list[str]) -> dict[str, int]:
-        with ThreadPoolExecutor(CONNECTIONS) as pool:
+        with self._side_by_side() as pool:
             sizes = list(pool.map(self._size, names))
         return {name: size for name, size in zip(names, sizes, strict=True) if size is not None}
 
@@ -205,7 +208,7 @@ class HttpStorage(RemoteStorage):
         if begun_at != first:
             # An address that a redirect gave earlier: it may have run out.
             self._targets.pop(name, None)
-            raise PassingError(f"status {response.status}", delay=_retry_after(response))
+            raise PassingError(f"status {response.status}", delay=asked_delay(response.headers))
         self._refuse(first, response)
 
     def _refuse(self, url: str, response: urllib3.BaseHTTPResponse) -> NoReturn:
@@ -214,7 +217,7 @@ class HttpStorage(RemoteStorage):
         if status in (404, 410):
             raise _AbsentError(f"{url}: not there (status {status})")
         if status in PASSING:
-            raise PassingError(f"status {status}", delay=_retry_after(response))
+            raise PassingError(f"status {status}", delay=asked_delay(response.headers))
         if status in (401, 403):
             raise CheckError(f"{url}: status {status}; {self._login_advice()}")
         if status == 416:
@@ -287,9 +290,17 @@ def _strong_tag(response: urllib3.BaseHTTPResponse) -> str:
     return "" if tag.startswith("W/") else tag
 
 
-def _retry_after(response: urllib3.BaseHTTPResponse) -> float | None:
-    """Seconds that the server asks to wait: a number, or a date."""
-    text = response.headers.get("Retry-After", "")
+def asked_delay(headers: Mapping[str, str]) -> float | None:
+    """Seconds that a server asks to wait: of Retry-After or, with nothing left, of RateLimit."""
+    asked = [_retry_after(headers.get("Retry-After") or "")]
+    limit = _NOTHING_LEFT.search(headers.get("RateLimit") or "")
+    if limit is not None:
+        asked.append(float(limit[1]))
+    return max((seconds for seconds in asked if seconds is not None), default=None)
+
+
+def _retry_after(text: str) -> float | None:
+    """Read a number of seconds, or a date."""
     if text.isascii() and text.isdigit():
         return float(text[:9])
     try:

@@ -12,9 +12,10 @@ from types import ModuleType
 from typing import Any
 
 from nvfp4check.checkpoint.connections import Timeouts, origin_of
-from nvfp4check.checkpoint.remote import MAX_FILES, PassingError, Retry
+from nvfp4check.checkpoint.patience import PassingError, Retry
+from nvfp4check.checkpoint.remote import MAX_FILES
 from nvfp4check.checkpoint.remote_fsspec import backend_errors
-from nvfp4check.checkpoint.remote_http import PASSING, HttpStorage
+from nvfp4check.checkpoint.remote_http import PASSING, HttpStorage, asked_delay
 from nvfp4check.checkpoint.storage import unsafe_name
 from nvfp4check.findings import CheckError
 
@@ -117,7 +118,8 @@ class HubStorage(HttpStorage):
         if isinstance(cause, errors.OfflineModeIsEnabled):
             return CheckError(f"{where}: HF_HUB_OFFLINE is set; unset it, or give a directory")
         if status in PASSING:
-            return PassingError(f"status {status}")
+            headers = getattr(getattr(cause, "response", None), "headers", {})
+            return PassingError(f"status {status}", delay=asked_delay(headers))
         if status == 403:
             return CheckError(f"{where}: status 403; {self._login_advice()}")
         if status is not None:

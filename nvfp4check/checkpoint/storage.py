@@ -68,6 +68,10 @@ class Storage(Protocol):
         """
         ...
 
+    def give_up(self) -> None:
+        """End reads of other threads that wait for a server: nobody will take them."""
+        ...
+
     def version(self, name: str) -> str:
         """Say what changes when the file does, as far as that is known without reading it."""
         ...
@@ -234,6 +238,9 @@ class LocalStorage:
         return self._maps[name]
 
     def gather(self, name: str, ranges: Iterable[Range]) -> None:
+        """Do nothing: here no read waits."""
+
+    def give_up(self) -> None:
         """Do nothing: here no read waits."""
 
     def version(self, name: str) -> str:

@@ -16,6 +16,9 @@ from typing import Any
 
 import pytest
 
+#: What a server answers in place of the truth: a status, or the name of a misbehaviour.
+Fault = int | str | None
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -33,11 +36,14 @@ class RangeServer(ThreadingHTTPServer):
         self.sent_of: dict[str, int] = {}
         #: Path and headers of each request.
         self.requests: list[tuple[str, dict[str, str]]] = []
-        #: Answers to give before the true one: a status, or the name of a misbehaviour.
-        self.faults: list[int | str | None] = []
-        #: How many of them one range of one file may meet: others wait for other requests.
-        self.patience = 999
-        self.met: Counter[tuple[str, str]] = Counter()
+        #: Answers to give before the true one, in the order in which requests come: for requests
+        #: of which one follows the other.
+        self.faults: list[Fault] = []
+        #: The answer to one range of one file at the n-th time of asking, counted from 0: the same
+        #: in whatever order requests come.
+        self.plan: Callable[[str, str, int], Fault] = lambda path, span, time: None
+        self.asked: Counter[tuple[str, str]] = Counter()
+        self.given: Counter[Fault] = Counter()
         #: What misbehaves; questions for a file's size do not, unless asked to.
         self.faulty: Callable[[str, str], bool] = lambda path, span: span != "bytes=0-0"
         self.latency = 0.0
@@ -55,14 +61,15 @@ class RangeServer(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
-    def fault(self, path: str, span: str) -> int | str | None:
+    def fault(self, path: str, span: str) -> Fault:
         with self.lock:
-            if not self.faults or not self.faulty(path, span):
+            if not self.faulty(path, span):
                 return None
-            if self.faults[0] is not None and self.met[path, span] == self.patience:
-                return None
-            fault = self.faults.pop(0)
-            self.met[path, span] += fault is not None
+            fault = self.plan(path, span, self.asked[path, span])
+            self.asked[path, span] += 1
+            if self.faults:
+                fault = self.faults.pop(0)
+            self.given[fault] += 1
             return fault
 
     def count(self, path: str, size: int) -> None:
@@ -114,8 +121,8 @@ class RangeHandler(BaseHTTPRequestHandler):
             self.send_header(name.replace("_", "-"), value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
+        self.server.count(self.path, len(body))  # before a client can know that it has them
         self.wfile.write(body)
-        self.server.count(self.path, len(body))
 
     def serve(self, file: Path) -> None:
         if not file.is_file():
@@ -133,9 +140,7 @@ class RangeHandler(BaseHTTPRequestHandler):
             part = opened.read(stop - start)
         self.misbehave(self.server.fault(self.path, span), file, part, start, size)
 
-    def misbehave(
-        self, fault: int | str | None, file: Path, part: bytes, start: int, size: int
-    ) -> None:
+    def misbehave(self, fault: Fault, file: Path, part: bytes, start: int, size: int) -> None:
         span = f"bytes {start}-{start + len(part) - 1}/{size}"
         tag = self.server.etags.get(
             file.name, f'"{hashlib.sha256(str(file).encode()).hexdigest()}"'
@@ -306,6 +311,28 @@ def running(handler: type[RangeHandler], directory: Path) -> Iterator[RangeServe
             server.shutdown()
             thread.join()
             server.hang_up()
+
+
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """A port that nobody listens at."""
+    with contextlib.closing(socket.socket()) as held:
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
+
+
+@pytest.fixture
+def nowhere(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A host that no name server knows, wherever the test runs; none is asked."""
+    lookup = socket.getaddrinfo
+
+    def unknown(host: Any, *arguments: Any, **options: Any) -> Any:
+        if host == "no-such-host.invalid":
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return lookup(host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    return "no-such-host.invalid"
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 
 from nvfp4check.checkpoint.header import read_header
 from nvfp4check.checkpoint.opening import open_checkpoint
-from nvfp4check.checkpoint.remote import Retry
+from nvfp4check.checkpoint.patience import Retry
 from nvfp4check.checkpoint.remote_fsspec import FsspecStorage
 from nvfp4check.checkpoint.storage import StorageError
 from nvfp4check.findings import CheckError
@@ -25,7 +25,7 @@ def in_memory(golden: SimpleNamespace) -> Iterator[str]:
 
 
 def hasty(location: str) -> FsspecStorage:
-    return FsspecStorage(location, Retry(attempts=3, sleep=lambda delay: None))
+    return FsspecStorage(location, Retry(attempts=3, wait=lambda over, seconds: None))
 
 
 def test_a_checkpoint_that_fsspec_opens_is_the_local_one(

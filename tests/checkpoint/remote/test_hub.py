@@ -8,13 +8,22 @@ pytest.importorskip("huggingface_hub")
 
 from nvfp4check.checkpoint.locations import open_storage
 from nvfp4check.checkpoint.opening import open_checkpoint
-from nvfp4check.checkpoint.remote import Retry
+from nvfp4check.checkpoint.patience import Retry
 from nvfp4check.checkpoint.remote_hub import HubStorage
 from nvfp4check.checkpoint.rules.base import RuleLevel
 from nvfp4check.checkpoint.validation import ValidationOptions, validate
 from nvfp4check.findings import CheckError
 
 SHARD = "model-00001-of-000002.safetensors"
+
+
+def patient(delays: list[float]) -> Retry:
+    """Patience that notes its waits and takes no time for them; nothing is left to chance."""
+    return Retry(
+        wait=lambda over, seconds: delays.append(seconds),
+        clock=lambda: sum(delays),
+        chance=lambda: 1.0,
+    )
 
 
 @pytest.mark.parametrize("revision", ["", "@main", "@v1", "@refs%2Fpr%2F1"])
@@ -65,7 +74,7 @@ def test_the_token_goes_to_the_hub_and_not_to_the_host_it_redirects_to(
 def test_a_signed_address_is_used_again_and_renewed_when_it_has_run_out(
     hub: SimpleNamespace, golden: SimpleNamespace
 ) -> None:
-    storage = HubStorage("hf://org/name", Retry(sleep=lambda delay: None))
+    storage = HubStorage("hf://org/name", patient([]))
     for start in range(10):
         storage.read(SHARD, start, start + 100)
     assert len([1 for path, _ in hub.requests if path.endswith(SHARD)]) == 1
@@ -102,8 +111,8 @@ def test_a_busy_hub_is_asked_again(hub: SimpleNamespace) -> None:
     hub.faulty = lambda path, span: True
     hub.faults = [429, 503, 404]
     with pytest.raises(CheckError, match=r"no such repository|status 404"):
-        HubStorage("hf://org/busy", Retry(first_delay=1.0, sleep=delays.append)).list()
-    assert delays == [1.0, 2.0]
+        HubStorage("hf://org/busy", patient(delays)).list()
+    assert delays == [1.0 + 1.0, 1.0 + 2.0]
 
 
 def test_a_server_that_is_no_hub_is_said_to_be_none(
@@ -118,12 +127,14 @@ def test_a_server_that_is_no_hub_is_said_to_be_none(
         open_checkpoint("hf://org/name")
 
 
-def test_a_hub_that_is_not_there_is_tried_once_more_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+def test_a_hub_that_is_not_there_is_tried_once_more_alone(
+    closed_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{closed_port}")
     delays: list[float] = []
     with pytest.raises(CheckError, match=r"no answer from 127\.0\.0\.1: .*check the spelling"):
-        HubStorage("hf://org/name", Retry(sleep=delays.append)).list()
-    assert delays == [0.5]
+        HubStorage("hf://org/name", patient(delays)).list()
+    assert delays == [1.0]
 
 
 def test_without_huggingface_hub_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
