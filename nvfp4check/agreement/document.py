@@ -236,6 +236,8 @@ def logits_numbers(summary: Summary) -> dict[str, Any]:
         "ppl_candidate": number(perplexities[1]),
         "ppl_log_ratio": number(ratio),
         "delta_p_rms": number(summary.delta_p_rms),
+        "followed": summary.followed,
+        "followed_known": summary.followed_known,
     }
 
 

@@ -35,33 +35,40 @@ class Tail:
 
 @dataclass
 class Positions:
-    """The metrics of every position, and what was wrong with the logits."""
+    """The metrics of every position."""
 
     metrics: dict[str, PositionMetrics] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
     #: None where full logits were compared.
     tail: Tail | None = None
     vocabulary: int | None = None
 
 
 def compare_positions(
-    reference: Run, candidate: Run, prompts: tuple[str, ...], head: str | None = None
+    reference: Run,
+    candidate: Run,
+    prompts: tuple[str, ...],
+    head: str | None = None,
+    problems: list[Problem] | None = None,
 ) -> Positions | None:
-    """Compare the logits of each prompt; None where a run has none at all."""
+    """Compare the logits of each prompt; None where those of none can be compared.
+
+    `problems` hears of what was not as it should be.
+    """
     found = Positions()
+    heard = problems if problems is not None else []
     tops: list[TopMetrics] = []
     with opened_logits(reference, head) as left, opened_logits(candidate, head) as right:
         if not left.there or not right.there:
             return None
         for prompt in prompts:
-            sources = _sources(left, right, prompt, found)
+            sources = _sources(left, right, prompt, heard)
             if sources is None:
                 continue
             tokens = reference.tokens(prompt)
             one, other = sources
             if isinstance(one, Full) and isinstance(other, Full):
                 found.vocabulary = min(one.vocabulary, other.vocabulary)
-                found.metrics[prompt] = _full(one, other, tokens, prompt, found)
+                found.metrics[prompt] = _full(one, other, tokens, prompt, heard)
             else:
                 top = _top(one, other, tokens)
                 tops.append(top)
@@ -72,12 +79,12 @@ def compare_positions(
 
 
 def _sources(
-    left: Logits, right: Logits, prompt: str, found: Positions
+    left: Logits, right: Logits, prompt: str, problems: list[Problem]
 ) -> tuple[Source, Source] | None:
     sources: list[Source] = []
     for name, logits in (("reference", left), ("candidate", right)):
         if not logits.has(prompt):
-            found.problems.append(
+            problems.append(
                 Problem(
                     kind="missing",
                     run=name,
@@ -90,7 +97,7 @@ def _sources(
         source = logits.of(prompt)
         tokens = logits.tokens(prompt)
         if source.positions != tokens:
-            found.problems.append(
+            problems.append(
                 Problem(
                     kind="rows",
                     run=name,
@@ -105,13 +112,13 @@ def _sources(
 
 
 def _full(
-    left: Full, right: Full, tokens: torch.Tensor, prompt: str, found: Positions
+    left: Full, right: Full, tokens: torch.Tensor, prompt: str, problems: list[Problem]
 ) -> PositionMetrics:
     vocabulary = min(left.vocabulary, right.vocabulary)
     if left.vocabulary != right.vocabulary and not any(
-        problem.kind == "vocabulary" for problem in found.problems
+        problem.kind == "vocabulary" for problem in problems
     ):
-        found.problems.append(
+        problems.append(
             Problem(
                 kind="vocabulary",
                 run="candidate" if right.vocabulary > left.vocabulary else "reference",

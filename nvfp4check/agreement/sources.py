@@ -54,6 +54,11 @@ class Top:
 Source = Full | Top
 
 
+def holds_logits(run: Run) -> bool:
+    """Tell whether a run has logits of any kind, or the states that a head makes them of."""
+    return any((run.path / name).is_file() for name in (LOGITS_FILE, FINAL_HIDDEN_FILE))
+
+
 @contextmanager
 def opened_logits(run: Run, head: str | None = None) -> Iterator["Logits"]:
     """Open what a run holds of logits, for as long as the block lasts.

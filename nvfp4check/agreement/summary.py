@@ -79,17 +79,32 @@ class Summary:
         return every[~every.isnan()]
 
     @property
+    def followed(self) -> int:
+        """Positions that count and that another token of the prompt follows."""
+        return sum(int((~m.contaminated[:-1]).sum()) for m in self.by_prompt.values())
+
+    @property
+    def followed_known(self) -> int:
+        """Those of them where both sides know the probability of that token."""
+        return len(self._followed()[0])
+
+    @property
     def perplexities(self) -> tuple[float, float]:
         """Perplexity of reference and candidate on the tokens that really follow."""
+        both = self._followed()
+        if not len(both[0]):
+            return math.nan, math.nan
+        reference, candidate = (float(side.mean().exp()) for side in both)
+        return reference, candidate
+
+    def _followed(self) -> list[torch.Tensor]:
+        """Return -log p of the token that follows, of both sides, where both know it."""
         both = [
             torch.cat([getattr(m, name) for m in self.by_prompt.values()])
             for name in ("nll_reference", "nll_candidate")
         ]
         known = ~both[0].isnan() & ~both[1].isnan()
-        if not known.any():
-            return math.nan, math.nan
-        reference, candidate = (float(side[known].mean().exp()) for side in both)
-        return reference, candidate
+        return [side[known] for side in both]
 
     @property
     def delta_p_rms(self) -> float:

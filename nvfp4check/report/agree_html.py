@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nvfp4check.report import agree_plots as plots
+from nvfp4check.report import agree_rows as table
 from nvfp4check.report import agree_words as words
 from nvfp4check.report.agree_text import MARK, SHARES, tables
 from nvfp4check.report.page import render_page
@@ -40,8 +41,8 @@ def agree_html(document: Mapping[str, Any]) -> str:
         bars=bars,
         heat=plots.flip_map(document),
         tables=[table for table in tables(document) if table[2]],
-        prompts=words.prompt_rows(document) if logits else [],
-        prompt_headers=words.PROMPT_HEADERS,
+        prompts=table.prompt_rows(document) if logits else [],
+        prompt_headers=table.PROMPT_HEADERS,
         notes=list(words.logit_notes(document)) if logits else [],
         legend=[MARK, SHARES] if document["layers"] else [],
         blind=list(words.blind_sentences(document)),

@@ -5,6 +5,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from nvfp4check.report import agree_rows as table
 from nvfp4check.report import agree_words as words
 from nvfp4check.report.validate_markdown import markdown
 
@@ -100,11 +101,11 @@ def tables(
 ) -> Iterator[tuple[str, Sequence[str], Sequence[words.Row]]]:
     """Return each table: its name, headers and rows."""
     if document["logits"]:
-        yield "Logits", words.LOGIT_HEADERS, words.logit_rows(document)
-        yield "Logits by confidence", words.BUCKET_HEADERS, words.bucket_rows(document)
-        yield "Worst positions", words.WORST_HEADERS, words.worst_rows(document)
-    yield "Layers: relative error", words.LAYER_HEADERS, words.layer_rows(document)
-    yield "Choices of experts that differ", words.FLIP_HEADERS, words.flip_rows(document)
+        yield "Logits", table.LOGIT_HEADERS, table.logit_rows(document)
+        yield "Logits by confidence", table.BUCKET_HEADERS, table.bucket_rows(document)
+        yield "Worst positions", table.WORST_HEADERS, table.worst_rows(document)
+    yield "Layers: relative error", table.LAYER_HEADERS, table.layer_rows(document)
+    yield "Choices of experts that differ", table.FLIP_HEADERS, table.flip_rows(document)
 
 
 def _table(rows: Sequence[words.Row], headers: Sequence[str], form: str) -> str:

@@ -15,6 +15,7 @@ Run = Callable[..., Any]
 
 TINY = Path(__file__).parents[2] / "goldens/tiny-deepseek-v3"
 FP8, NVFP4 = str(TINY / "fp8"), str(TINY / "nvfp4")
+SERVED = ("--model", "m", "--prompts", "p", "--out", "o")
 TOOL = {"name": "nvfp4check", "version": "0"}
 
 
@@ -65,13 +66,51 @@ def refused(ended: Any, *words: str) -> None:
         ("golden", "verify", NVFP4),
         ("agree", FP8, NVFP4),
         ("report", "validate.json"),
+        ("faults", "inject", NVFP4, "broken", "--fault", "F8a"),
+        ("golden", "record", "run", "golden", "--origin", "a test"),
+        ("release", NVFP4, "--base", FP8, "--out", "gate"),
+        ("capture", "logprobs", "--base-url", "http://h", *SERVED),
     ],
 )
+@pytest.mark.parametrize(
+    ("suffix", "why"), [("sarif", "no sarif result"), ("pdf", ".pdf is the suffix of no format")]
+)
 def test_a_suffix_that_the_command_cannot_write_is_refused_before_the_work(
-    command: tuple[str, ...], run: Run, tmp_path: Path
+    suffix: str, why: str, command: tuple[str, ...], run: Run, tmp_path: Path
 ) -> None:
-    output = tmp_path / "result.sarif"
-    refused(run(*command, "--output", str(output)), str(output), "no sarif result", "--format")
+    output = tmp_path / f"result.{suffix}"
+    refused(run(*command, "--output", str(output)), str(output), why, "--format text, json, ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [("validate", NVFP4), ("forward", NVFP4, "--out", "run")])
+def test_a_suffix_of_no_format_is_refused_by_every_command(
+    command: tuple[str, ...], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(run(*command, "--output", "result.pdf"), ".pdf is the suffix of no format", " or ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**63), "9" * 30])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("agree", FP8, NVFP4),
+        ("diff", FP8, NVFP4),
+        ("validate", NVFP4),
+        ("forward", NVFP4, "--perturb", "ulp:bfloat16", "--out", "run"),
+        ("faults", "inject", NVFP4, "broken", "--fault", "F8a"),
+        ("synth", f"{NVFP4}/config.json", "made"),
+        ("kernels", "test", "--op", "quantize", "--impl", "triton"),
+        ("kernels", "power", "--op", "quantize"),
+    ],
+)
+def test_a_seed_is_one_that_generators_take(
+    command: tuple[str, ...], seed: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(run(*command, "--seed", seed), f"--seed {seed}", "from 0 to 2**63 - 1")
     assert list(tmp_path.iterdir()) == []
 
 
