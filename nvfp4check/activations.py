@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 #: What a run keeps of the best logits, each under `<prompt id>/<part>`.
 TOP_PARTS = ("values", "tokens", "logsumexp")
 
-HIDDEN = "hidden"
+HIDDEN, EH_PROJ = "hidden", "eh_proj"
 ROUTER_SCORES, ROUTER_EXPERTS = "router_scores", "router_experts"
 ROUTER_POINTS = (ROUTER_SCORES, ROUTER_EXPERTS, "router_weights")
 POINTS = ("attn_input", "attn_output", "mlp_input", "mlp_output", HIDDEN, *ROUTER_POINTS)
@@ -51,6 +51,9 @@ FINAL_HIDDEN_FILE = "final_hidden.safetensors"
 LAYERS_FOLDER = "layers"
 BOUNDS_FOLDER = "bounds"
 MTP_FOLDER = "mtp"
+
+#: What a layer of multi-token prediction gives at its end, beside its points.
+MTP_ENDS = {"final_hidden": FINAL_HIDDEN_FILE, "logits": LOGITS_FILE}
 
 #: Experts of a layer, where a run does not say how many there are: more than any model has.
 MOST_EXPERTS = 1 << 16
@@ -155,7 +158,7 @@ class Run:
         Raises:
             CheckError: The run holds none for the prompt.
         """
-        return self._tensor(mtp_folder(self.path, layer) / LOGITS_FILE, prompt, rank=2)
+        return self.point(layer, prompt, "logits")
 
     @property
     def has_final_hidden(self) -> bool:
@@ -176,16 +179,25 @@ class Run:
         found = {name.rpartition("/")[2] for name in names}
         return (*(p for p in POINTS if p in found), *sorted(found.difference(POINTS)))
 
+    def rows(self, layer: int, prompt: str) -> int:
+        """Return how many rows a layer has of a prompt: those of prediction have fewer each."""
+        tokens = next(info.tokens for info in self.info.prompts if info.id == prompt)
+        count = self.info.config.get("num_hidden_layers")
+        beyond = 0 if type(count) is not int else max(0, layer - count + 1)
+        return max(0, tokens - beyond)
+
     def point(self, layer: int, prompt: str, point: str) -> "torch.Tensor":
-        """Return what was recorded at a point, one row a token.
+        """Return what was recorded at a point, one row a token; `MTP_ENDS` among them.
 
         Raises:
             CheckError: It was not recorded, or cannot be what that point gives.
         """
+        if point in MTP_ENDS:
+            return self._tensor(mtp_folder(self.path, layer) / MTP_ENDS[point], prompt, rank=2)
         file, name = self.layer_file(layer), f"{prompt}/{point}"
         if point == ROUTER_EXPERTS:
             return self._experts(file, prompt)
-        return self._tensor(file, name, rank=2 if point in POINTS else None)
+        return self._tensor(file, name, rank=2 if point in (*POINTS, EH_PROJ) else None)
 
     def _experts(self, file: Path, prompt: str) -> "torch.Tensor":
         name, scores = f"{prompt}/{ROUTER_EXPERTS}", f"{prompt}/{ROUTER_SCORES}"
@@ -214,7 +226,7 @@ class Run:
         """
         file, name = bounds_file(self.path, layer), f"{prompt}/{point}/{dtype}"
         bound = self._tensor(file, name, rank=1, whole=point in (STRADDLES, SETTLED))
-        tokens = next(info.tokens for info in self.info.prompts if info.id == prompt)
+        tokens = self.rows(layer, prompt)
         if len(bound) != tokens or not bool((bound >= 0).all()):
             raise CheckError(
                 f"{file}: {name!r} is no bound: expected a number from 0 on for each of "

@@ -3,7 +3,7 @@
 Contract:
     layer 0    begins with the embedded tokens, as always
     layer n    begins with what the other run recorded as `hidden` of layer n - 1, in the dtype of
-               whoever computes
+               whoever computes; of prediction, with the norm of that
     digest     sha256 of a prompt's tokens and of every recorded `hidden`: run.json keeps it, and
                two runs whose digests are equal had the same inputs
 """
@@ -70,7 +70,7 @@ class LayerInputs:
         for prompt in self.run.prompts:
             digest = hashlib.sha256(self.run.tokens(prompt).numpy().tobytes())
             for layer in self.run.layers:
-                if HIDDEN in self.run.points(layer):
+                if HIDDEN in self.run.points(layer) and self.run.rows(layer, prompt):
                     state = self.run.point(layer, prompt, HIDDEN).contiguous()
                     digest.update(state.view(torch.uint8).numpy().tobytes())
             found[prompt] = f"sha256:{digest.hexdigest()}"

@@ -13,6 +13,7 @@ Contract:
                 what it should compute is something else
     held        ||c_t - r_t|| <= bound_t at every golden token; one that exceeds it is a divergence.
                 An infinite bound holds nothing: its token counts as not compared
+    prediction  a layer of it begins with the state after the layer before, as every later layer
     experts     where the candidate chose others than the reference: a divergence if the reach of
                 the scores leaves no other choice; else legal, and the token has no bound at
                 router_weights, mlp_output and hidden. So has a token whose choice may change and
@@ -24,7 +25,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from nvfp4check.activations import HIDDEN, SETTLED, Run
+from nvfp4check.activations import HIDDEN, MTP_ENDS, SETTLED, Run
 from nvfp4check.agreement.declared import declared, described
 from nvfp4check.agreement.integrity import Problem
 from nvfp4check.agreement.layers import Place, PointAgreement, values
@@ -33,7 +34,7 @@ from nvfp4check.layer_inputs import LayerInputs
 from nvfp4ref.rounding import UNIT_ROUNDOFF, round_to
 
 #: Points that follow the choice of experts.
-AFTER_ROUTER = ("router_weights", "mlp_output", HIDDEN)
+AFTER_ROUTER = ("router_weights", "mlp_output", HIDDEN, *MTP_ENDS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,8 +160,8 @@ class _Holding:
 
     def _golden(self, layer: int, prompt: str) -> int:
         """Return how many tokens of a prompt, from its first, have golden inputs at a layer."""
-        tokens = len(self._reference.tokens(prompt))
-        if layer == 0:
+        tokens = self._reference.rows(layer, prompt)
+        if layer == 0 or not tokens:
             return tokens
         ours, theirs = (source.of(prompt) for source in self._sources)
         if ours is not None and ours == theirs:
@@ -174,12 +175,12 @@ class _Holding:
         if r.shape != c.shape or c.dtype not in UNIT_ROUNDOFF:
             return 0
         same = (round_to(r.double(), c.dtype) == c).all(-1)
-        return int(same.long().cumprod(0).sum())
+        return min(tokens, int(same.long().cumprod(0).sum()))
 
     def _settled(self, layer: int, prompt: str, golden: int, names: frozenset[str]) -> torch.Tensor:
         """Return which tokens have a bound after the router, and note what was chosen."""
         name = f"{prompt}/{SETTLED}/{self._dtype}"
-        every = torch.ones(len(self._reference.tokens(prompt)), dtype=torch.bool)
+        every = torch.ones(self._reference.rows(layer, prompt), dtype=torch.bool)
         if name not in names:
             return every
         settled = self._reference.bound(layer, prompt, SETTLED, self._dtype).bool()

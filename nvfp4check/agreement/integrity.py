@@ -18,7 +18,8 @@ Contract:
                 a dtype of unit roundoff u, two sums that are rounded and four values that are
                 stored may be off by u times the magnitudes of all of them
     vocabulary  logits of more entries than the other run's: padding, which is cut
-    layers      layers beyond the model's own are those of multi-token prediction, and left out
+    layers      layers beyond the model's own are those of multi-token prediction, which are held
+                against bounds alone (`predicting`)
 
 A problem is fatal where it makes comparison wrong; what was cut or left out is a note.
 """
@@ -120,7 +121,7 @@ def _own_layers(reference: Run, candidate: Run, found: Integrity) -> tuple[int, 
                     kind="layers",
                     run=name,
                     message=f"layers {beyond} lie beyond the model's {count}: those of multi-token "
-                    "prediction, left out",
+                    "prediction, held against bounds alone",
                     fatal=False,
                 )
             )

@@ -82,7 +82,7 @@ class PointAgreement:
 
 
 @dataclass(slots=True)
-class _Sums:
+class Sums:
     """Running sums at one point."""
 
     difference: float = 0.0
@@ -166,7 +166,7 @@ def compare_layers(
             reference, candidate, layer, whole, chosen, {} if given else before
         )
         for point in points:
-            sums = _Sums()
+            sums = Sums()
             for prompt in chosen:
                 if (layer, point, prompt) not in skip:
                     r, c = values(reference, candidate, layer, prompt, point)

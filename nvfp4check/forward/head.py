@@ -20,6 +20,7 @@ from nvfp4check.activations import FINAL_HIDDEN_FILE, LOGITS_FILE, write_tensors
 from nvfp4check.checkpoint.naming import LogicalWeight, Part
 from nvfp4check.checkpoint.opening import Checkpoint
 from nvfp4check.checkpoint.values import torch_of
+from nvfp4check.forward.bounds.watched import Tell, Watched
 from nvfp4check.forward.linears import LinearSettings, StreamedLinear
 from nvfp4check.forward.meter import Meter
 from nvfp4check.forward.options import Logits
@@ -39,8 +40,15 @@ class Head:
     """lm_head, of which a few rows are in memory at one time."""
 
     def __init__(
-        self, weight: LogicalWeight, reader: ReadAhead, settings: LinearSettings, meter: Meter
+        self,
+        weight: LogicalWeight,
+        reader: ReadAhead,
+        settings: LinearSettings,
+        meter: Meter,
+        tell: Tell | None = None,
     ) -> None:
+        """Take a head; `tell` hears of the product with each part of it."""
+        self._tell = tell
         self._reader = reader
         self._settings = settings
         self._meter = meter
@@ -56,7 +64,11 @@ class Head:
         """Yield the logits [T, some] of successive parts of the vocabulary, each with its first."""
         self._reader.announce(part for _, part in self._parts)
         for start, part in self._parts:
-            yield start, StreamedLinear(part, self._reader, self._settings, self._meter)(hidden)
+            linear = StreamedLinear(part, self._reader, self._settings, self._meter)
+            if self._tell is None:
+                yield start, linear(hidden)
+            else:
+                yield start, Watched(linear, self._tell, "head")(hidden)
 
 
 def write_logits(

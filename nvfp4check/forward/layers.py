@@ -8,7 +8,9 @@ import torch
 from nvfp4check.activations import HIDDEN, ROUTER_POINTS, Run
 from nvfp4check.findings import CheckError
 from nvfp4check.forward.bounds.arithmetic import Roundings
-from nvfp4check.forward.bounds.layer import LayerBounds
+from nvfp4check.forward.bounds.layer import LayerBounds, given
+from nvfp4check.forward.bounds.pointwise import norm
+from nvfp4check.forward.bounds.predictor import PredictorBounds
 from nvfp4check.forward.noise import perturbed
 from nvfp4check.forward.options import Activations, ForwardOptions
 from nvfp4check.forward.source import StreamedSource
@@ -18,6 +20,7 @@ from nvfp4ref.deepseek_v3.config import DeepseekV3Config
 from nvfp4ref.deepseek_v3.model import decoder_layer, empty_caches
 from nvfp4ref.deepseek_v3.moe import Record
 from nvfp4ref.deepseek_v3.mtp import mtp_layer
+from nvfp4ref.deepseek_v3.norm import rms_norm
 
 #: Computes a layer: from empty caches, forced experts and who hears of its points, the new state.
 _Compute = Callable[[Sequence[LatentCache], torch.Tensor | None, Record], torch.Tensor]
@@ -32,6 +35,14 @@ class Computed:
     #: What was recorded, by `<prompt>/<point>`.
     points: dict[str, torch.Tensor]
     bounds: LayerBounds | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Predicted:
+    """A layer of multi-token prediction that was computed."""
+
+    computed: Computed
+    bounds: PredictorBounds | None
 
 
 @dataclass
@@ -76,9 +87,8 @@ class Layers:
         self, hidden: torch.Tensor, layer: int, following: int | None, lengths: Mapping[str, int]
     ) -> Computed:
         """Compute a decoder layer over packed prompts; `following` is read ahead meanwhile."""
-        if self.inputs is not None and layer:
-            given = [self.inputs.rows(layer, prompt) for prompt in lengths]
-            hidden = torch.cat(given).to(self.device, hidden.dtype)
+        if layer:
+            hidden = self._begun(hidden, layer, lengths)
         rows = list(lengths.values())
         bounds: LayerBounds | None = None
 
@@ -88,8 +98,9 @@ class Layers:
             nonlocal bounds
             weights = self.source.layer(layer, following)
             if self.roundings is not None:
-                scale = caches[0].scale if self.cache_format is CacheFormat.FP8 else None
-                bounds = LayerBounds(hidden, rows, weights, self.config, self.roundings, scale)
+                scale = self._cache_scale(caches)
+                bounds = LayerBounds(rows, weights, self.config, self.roundings, scale)
+                bounds.begin(hidden)
                 weights, record = bounds.weights, _both(record, bounds.record)
             return decoder_layer(
                 hidden, caches, rows, weights, self.config, forced_experts=forced, record=record
@@ -99,26 +110,54 @@ class Layers:
 
     def predictor(
         self,
-        hidden: torch.Tensor,
+        state: torch.Tensor,
+        before: torch.Tensor,
         embedded: torch.Tensor,
         layer: int,
         following: int | None,
         lengths: Mapping[str, int],
-    ) -> Computed:
-        """Compute a layer of multi-token prediction."""
+    ) -> Predicted:
+        """Compute a layer of multi-token prediction.
+
+        `state` is that before it and `before` the weight of the norm that belongs to it: the
+        trunk's last, or that of the layer before.
+        """
+        state = self._begun(state, layer, lengths)
+        hidden = rms_norm(state, before, self.config.rms_norm_eps)
+        bounds: PredictorBounds | None = None
 
         def compute(
             caches: Sequence[LatentCache], forced: torch.Tensor | None, record: Record
         ) -> torch.Tensor:
+            nonlocal bounds
             weights = self.source.mtp_layer(layer, following)
             rows = list(lengths.values())
+            roundings, eps = self.roundings, self.config.rms_norm_eps
+            if roundings is not None:
+                known = norm(given(state, roundings), before, eps, hidden, roundings)
+                scale = self._cache_scale(caches)
+                bounds = PredictorBounds(
+                    known, embedded, rows, weights, self.config, roundings, scale
+                )
+                weights, record = bounds.weights, _both(record, bounds.record)
             return mtp_layer(
                 *(hidden, embedded, caches, rows, weights, self.config),
                 forced_experts=forced,
                 record=record,
             )[0]
 
-        return self._computed(layer, lengths, compute)
+        computed = self._computed(layer, lengths, compute)
+        return Predicted(computed=computed, bounds=bounds)
+
+    def _begun(self, hidden: torch.Tensor, layer: int, lengths: Mapping[str, int]) -> torch.Tensor:
+        """Return what a layer begins with: its state, or another run's where that is given."""
+        if self.inputs is None:
+            return hidden
+        rows = [self.inputs.rows(layer, prompt)[:n] for prompt, n in lengths.items()]
+        return torch.cat(rows).to(self.device, hidden.dtype)
+
+    def _cache_scale(self, caches: Sequence[LatentCache]) -> float | None:
+        return caches[0].scale if self.cache_format is CacheFormat.FP8 else None
 
     def _computed(self, layer: int, lengths: Mapping[str, int], compute: _Compute) -> Computed:
         points = _Points(lengths, self.options.activations)

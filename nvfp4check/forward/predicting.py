@@ -9,7 +9,6 @@ from collections.abc import Mapping
 import torch
 
 from nvfp4check.findings import CheckError
-from nvfp4check.forward.options import ForwardOptions
 from nvfp4ref.deepseek_v3.config import DeepseekV3Config
 
 
@@ -26,12 +25,11 @@ def shortened(
     return torch.cat([parts[prompt][:rows] for prompt, rows in after.items()])
 
 
-def predictors_of(config: DeepseekV3Config, options: ForwardOptions, longest: int) -> range:
+def predictors_of(config: DeepseekV3Config, longest: int) -> range:
     """Return the layers of multi-token prediction; `longest` is that of the prompts.
 
     Raises:
-        CheckError: The model has none, no prompt is long enough for all of them, or the options
-            do not go together.
+        CheckError: The model has none, or no prompt is long enough for all of them.
     """
     count = config.num_nextn_predict_layers
     if not count:
@@ -40,10 +38,5 @@ def predictors_of(config: DeepseekV3Config, options: ForwardOptions, longest: in
         raise CheckError(
             f"--mtp: the longest prompt has {longest} tokens; {count} layers of multi-token "
             f"prediction take {count + 1} or more"
-        )
-    if options.inputs is not None:
-        raise CheckError(
-            "--mtp: its layers begin with the state of this run's last, and --inputs gives each "
-            "layer another run's; leave one of them out"
         )
     return range(config.num_hidden_layers, config.num_hidden_layers + count)

@@ -22,6 +22,7 @@ from nvfp4check.activations import (
 from nvfp4check.checkpoint.opening import Checkpoint, open_checkpoint
 from nvfp4check.findings import CheckError
 from nvfp4check.forward.bounds.recording import roundings_of, write_bounds
+from nvfp4check.forward.bounds.watched import Tell
 from nvfp4check.forward.budget import Budget, plan
 from nvfp4check.forward.fp8_inputs import check_fp8_inputs
 from nvfp4check.forward.head import Head, embed, write_logits
@@ -144,7 +145,7 @@ class _Pass:
         self.whole_model = self.stop == self.config.num_hidden_layers
         self.predictors = range(0)
         if options.mtp:
-            predictors = predictors_of(self.config, options, max(self.lengths.values()))
+            predictors = predictors_of(self.config, max(self.lengths.values()))
             self.predictors = predictors if self.whole_model else range(0)
         self.end = self.stop + len(self.predictors)
         check_weights(checkpoint, self.config, range(self.end))
@@ -275,35 +276,43 @@ class _Pass:
     def _ends(self, hidden: torch.Tensor, begin: int, run: "_Opened") -> None:
         """Write the logits of the state after the trunk, then what MTP layers make of it.
 
-        Where these have begun before, the state is that of the last of them, after its norm.
+        Where these have begun before, the state is that after the last of them.
         """
         if begin <= self.stop:
             run.reach.at_head()
-            hidden = self._normed(hidden, FINAL_NORM, run)
-            self._write_logits(run.journal.run, self.lengths, hidden, HEAD, run)
+            normed = self._normed(hidden, FINAL_NORM, run)
+            self._write_logits(run.journal.run, self.lengths, normed, HEAD, run)
         for layer in self.predictors:
             if layer >= begin:
                 run.reach.at_layer(layer)
                 hidden = self._predicted(hidden, layer, run)
 
     def _predicted(self, hidden: torch.Tensor, layer: int, run: "_Opened") -> torch.Tensor:
-        """Compute an MTP layer and write its logits; return the state after it, normed.
+        """Compute an MTP layer and write its logits; return the state after it.
 
-        `hidden` is the normed state before it, with one row more of each prompt.
+        `hidden` is the state before it, with one row more of each prompt.
         """
         depth = layer - self.stop
         lengths, ends = rows_at(depth, self.lengths), Ends.of_mtp(layer)
+        norm = Ends.of_mtp(layer - 1).norm if depth else FINAL_NORM
         tokens = {prompt: self.tokens[prompt][depth + 1 :] for prompt in lengths}
         before = shortened(hidden, rows_at(depth - 1, self.lengths), lengths)
+        embedded = self._embedded(ends.embedding, tokens)
         following = layer + 1 if layer + 1 in self.predictors else None
-        done = run.layers.predictor(
-            before, self._embedded(ends.embedding, tokens), layer, following, lengths
+        predicted = run.layers.predictor(
+            before, run.source.tensor(norm), embedded, layer, following, lengths
         )
-        hidden = self._normed(done.hidden, ends.norm, run)
+        done, bounds = predicted.computed, predicted.bounds
+        normed = self._normed(done.hidden, ends.norm, run)
         folder = mtp_folder(run.journal.run, layer)
-        self._write_logits(folder, lengths, hidden, ends.head, run)
-        run.journal.layer_done(layer, done.points, hidden)
-        return hidden
+        if bounds is None:
+            self._write_logits(folder, lengths, normed, ends.head, run)
+        else:
+            bounds.normed(run.source.tensor(ends.norm), normed)
+            self._write_logits(folder, lengths, normed, ends.head, run, bounds.logits)
+            write_bounds(run.journal.run, layer, bounds, self.options.bounds, lengths)
+        run.journal.layer_done(layer, done.points, done.hidden)
+        return done.hidden
 
     def _normed(self, hidden: torch.Tensor, name: str, run: "_Opened") -> torch.Tensor:
         return rms_norm(hidden, run.source.tensor(name), self.config.rms_norm_eps)
@@ -315,8 +324,9 @@ class _Pass:
         hidden: torch.Tensor,
         name: str,
         run: "_Opened",
+        tell: Tell | None = None,
     ) -> None:
-        head = Head(run.source.weight(name), run.reader, run.settings, self.meter)
+        head = Head(run.source.weight(name), run.reader, run.settings, self.meter, tell)
         write_logits(folder, lengths, hidden, head, self.options.logits, self.config.vocab_size)
 
     def _embedded(self, name: str, tokens: Mapping[str, torch.Tensor]) -> torch.Tensor:

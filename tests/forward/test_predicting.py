@@ -309,14 +309,39 @@ def test_a_checkpoint_without_a_whole_mtp_layer_is_refused_only_where_it_is_aske
     assert not (tmp_path / "mtp").exists()
 
 
-def test_prompts_of_one_token_and_golden_inputs_leave_nothing_to_predict_from(
+def test_prompts_of_one_token_leave_nothing_to_predict_from(
     tiny: Path, prompts: list[Prompt], with_mtp: ForwardOptions, tmp_path: Path
 ) -> None:
     with pytest.raises(CheckError, match="take 2 or more"):
         run_forward(tiny / "bf16", prompts[1:2], tmp_path / "run", with_mtp)
-    options = replace(with_mtp, inputs=tmp_path)
-    with pytest.raises(CheckError, match="leave one of them out"):
-        run_forward(tiny / "bf16", prompts, tmp_path / "run", options)
+
+
+def test_layers_of_prediction_begin_with_the_given_states(
+    two_layers: tuple[Path, Tensors],
+    prompts: list[Prompt],
+    with_mtp: ForwardOptions,
+    bytes_of: Bytes,
+    tmp_path: Path,
+) -> None:
+    checkpoint, tensors = two_layers
+    own = run_forward(checkpoint, prompts, tmp_path / "own", with_mtp).run
+    again = run_forward(checkpoint, prompts, tmp_path / "again", replace(with_mtp, inputs=own.path))
+    narrow = replace(with_mtp, inputs=own.path, arithmetic=Arithmetic.BFLOAT16)
+    given = run_forward(checkpoint, prompts, tmp_path / "given", narrow).run
+
+    ours, theirs = bytes_of(own.path), bytes_of(again.run.path)
+    assert [name for name in ours if ours[name] != theirs[name]] == ["run.json"]
+    weights = mtp_weights(StateDict(tensors), 6, DeepseekV3Config.from_dict(given.info.config))
+    before = own.point(5, "a", "hidden")[:-1].bfloat16()
+    state = rms_norm(before, tensors["model.layers.5.shared_head.norm.weight"], 1e-6)
+    tokens = tensors["model.layers.6.embed_tokens.weight"][torch.tensor(prompts[0].tokens[2:])]
+    halves = [
+        rms_norm(x, weight, 1e-6)
+        for x, weight in ((tokens, weights.layer.enorm), (state, weights.layer.hnorm))
+    ]
+    assert torch.equal(
+        given.point(6, "a", "eh_proj"), weights.layer.eh_proj(torch.cat(halves, dim=-1))
+    )
 
 
 def test_rows_get_fewer_with_each_layer() -> None:

@@ -13,7 +13,7 @@ Contract:
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -40,8 +40,8 @@ from nvfp4check.forward.bounds.routing import (
     settled,
 )
 from nvfp4check.forward.bounds.uncertain import Uncertain
+from nvfp4check.forward.bounds.watched import Watched
 from nvfp4ref.deepseek_v3.config import DeepseekV3Config
-from nvfp4ref.deepseek_v3.linear import Linear
 from nvfp4ref.deepseek_v3.model import DecoderLayerWeights
 from nvfp4ref.deepseek_v3.moe import MlpWeights, MoeWeights
 from nvfp4ref.rounding import round_to
@@ -50,45 +50,25 @@ from nvfp4ref.rounding import round_to
 _ROW_PARALLEL = ("o_proj", "down_proj")
 
 
-@dataclass(frozen=True, slots=True)
-class _Watched:
-    """A linear that tells what it computed."""
-
-    inner: Linear
-    tell: "LayerBounds"
-    role: str
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        inner = cast(SquaringLinear, self.inner)
-        with inner.held():
-            y = inner(x)
-            self.tell.multiplied(self.role, inner, x, y)
-        return y
-
-    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
-        return self.inner.dequantized(dtype)
-
-
 class LayerBounds:
     """Follows one layer, and holds its bounds when it is done."""
 
     def __init__(
         self,
-        x: torch.Tensor,
         lengths: Sequence[int],
         weights: DecoderLayerWeights,
         config: DeepseekV3Config,
         roundings: Roundings,
         cache_scale: float | None,
     ) -> None:
-        """Begin with the layer's input [T, D]; `cache_scale` is that of an FP8 cache, or None."""
+        """Take a layer over packed prompts; `cache_scale` is that of an FP8 cache, or None."""
         self._plain = weights
         self._lengths = list(lengths)
         self._config = config
         self._roundings = roundings
         self._cache_scale = cache_scale
-        self._stream = _given(x, roundings)
-        self._stored = x
+        self._stream: Uncertain
+        self._stored: torch.Tensor
         self._at: dict[str, Uncertain] = {}
         self._prompt = 0
         self._halves: Halves | None = None
@@ -101,9 +81,19 @@ class LayerBounds:
         #: Point to the norm of each token's error, [A, T].
         self.bounds: dict[str, torch.Tensor] = {}
         #: Codes that were counted as flipped, [A, T].
-        self.straddles = torch.zeros(len(roundings), len(x), dtype=torch.int64)
+        self.straddles = torch.zeros(len(roundings), sum(lengths), dtype=torch.int64)
         #: Whether no other choice of experts is legal, [A, T]; None in a dense layer.
         self.settled: torch.Tensor | None = None
+
+    def begin(self, x: torch.Tensor, known: Uncertain | None = None) -> None:
+        """Begin with the layer's input [T, D], and what is known of it; None: it was given."""
+        self._stored = x
+        self._stream = known or given(x, self._roundings)
+
+    @property
+    def after(self) -> Uncertain:
+        """The state after the layer."""
+        return self._at[HIDDEN]
 
     @property
     def weights(self) -> DecoderLayerWeights:
@@ -112,7 +102,7 @@ class LayerBounds:
         attention = plain.self_attn
         names = ("q_a_proj", "q_b_proj", "q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
         watched: dict[str, Any] = {
-            name: _Watched(linear, self, name)
+            name: Watched(linear, self.multiplied, name)
             for name in names
             if (linear := getattr(attention, name)) is not None
         }
@@ -167,15 +157,15 @@ class LayerBounds:
         self, role: str, linear: SquaringLinear, x: torch.Tensor, y: torch.Tensor
     ) -> None:
         """Hear of a product."""
-        given = self._input_of(role, x)
-        passed = through(linear, given, y, self._roundings, self._operands)
+        source = self._input_of(role, x)
+        passed = through(linear, source, y, self._roundings, self._operands)
         if role.endswith(_ROW_PARALLEL) and split(self._roundings):
-            passed = self._over_ranks(role, linear, given, passed)
+            passed = self._over_ranks(role, linear, source, passed)
         self._at[role] = passed.output
         tokens = self._tokens_of(role)
         self.straddles[:, tokens] += passed.straddles
         if role == "kv_b_proj":
-            self._attend(self._unfolded(passed.output, linear, given), given.value, linear)
+            self._attend(self._unfolded(passed.output, linear, source), source.value, linear)
         if role.endswith("down_proj"):
             self._down(role, passed)
 
@@ -232,7 +222,8 @@ class LayerBounds:
     ) -> Uncertain:
         """Return keys and values with what either form of attention inherits from the latent."""
         form = kv_b_proj.input()
-        if form.form is InputForm.PLAIN:
+        absorbs = self._roundings.absorbs.to(direct.value.device)
+        if form.form is InputForm.PLAIN or not absorbs.any():
             return direct
         plain = replace(form, form=InputForm.PLAIN, encode=None)
         folded = through(
@@ -240,8 +231,8 @@ class LayerBounds:
         ).output
         return Uncertain(
             direct.value,
-            torch.maximum(direct.variance, folded.variance),
-            torch.maximum(direct.common, folded.common),
+            torch.maximum(direct.variance, folded.variance * absorbs[:, None, None, None]),
+            torch.maximum(direct.common, folded.common * absorbs[:, None, None]),
         )
 
     def _attend(self, unfolded: Uncertain, latent: torch.Tensor, kv_b_proj: SquaringLinear) -> None:
@@ -295,7 +286,7 @@ class LayerBounds:
         return found
 
     def _over_ranks(
-        self, role: str, linear: SquaringLinear, given: Uncertain, passed: Passed
+        self, role: str, linear: SquaringLinear, source: Uncertain, passed: Passed
     ) -> Passed:
         """Return a product as it is where ranks have shares of it.
 
@@ -309,7 +300,7 @@ class LayerBounds:
             )
         if role not in ("o_proj", "dense.down_proj"):
             return passed  # experts are added up before their shares are
-        x, squares, terms = given.value, passed.squares, given.value.shape[-1]
+        x, squares, terms = source.value, passed.squares, source.value.shape[-1]
         if role == "o_proj":
             terms = self._config.num_attention_heads
             largest = x.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
@@ -335,9 +326,9 @@ class LayerBounds:
 
     def _watched_mlp(self, weights: MlpWeights, prefix: str) -> MlpWeights:
         return MlpWeights(
-            gate_proj=_Watched(weights.gate_proj, self, f"{prefix}.gate_proj"),
-            up_proj=_Watched(weights.up_proj, self, f"{prefix}.up_proj"),
-            down_proj=_Watched(weights.down_proj, self, f"{prefix}.down_proj"),
+            gate_proj=Watched(weights.gate_proj, self.multiplied, f"{prefix}.gate_proj"),
+            up_proj=Watched(weights.up_proj, self.multiplied, f"{prefix}.up_proj"),
+            down_proj=Watched(weights.down_proj, self.multiplied, f"{prefix}.down_proj"),
         )
 
     def _watched_experts(self, chosen: Sequence[int]) -> Iterable[MlpWeights]:
@@ -355,8 +346,8 @@ class LayerBounds:
             yield self._watched_mlp(its_weights, "expert")
 
 
-def _given(x: torch.Tensor, roundings: Roundings) -> Uncertain:
-    """Return the layer's input, off by what rounding it to each declared dtype changes."""
+def given(x: torch.Tensor, roundings: Roundings) -> Uncertain:
+    """Return what a candidate is given, off by what rounding it to each declared dtype changes."""
     exact = Uncertain.exactly(x, len(roundings))
     for i, side in enumerate(roundings.declared):
         off = round_to(exact.value, side.dtype).double() - exact.value

@@ -6,7 +6,8 @@ RUN/bounds/NNN.safetensors    <prompt>/<point>/<arithmetic>: float64 [T], how fa
                               <prompt>/settled/<arithmetic>: uint8 [T], 0 where another choice of
                               experts is legal; not in dense layers
 
-An arithmetic is a dtype, of several ranks with their number after it: bfloat16/tp8.
+An arithmetic is a dtype, of several ranks with their number after it, of the direct form of
+attention alone with that at the end: bfloat16/tp8/direct.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from nvfp4check.findings import CheckError
 from nvfp4check.forward.bounds.arithmetic import DECLARABLE, Declared, Roundings
 from nvfp4check.forward.bounds.layer import LayerBounds
 from nvfp4check.forward.bounds.parallel import require_ranks
+from nvfp4check.forward.bounds.predictor import PredictorBounds
 from nvfp4ref.deepseek_v3.config import DeepseekV3Config
 
 
@@ -53,7 +55,11 @@ def roundings_of(
 
 
 def write_bounds(
-    run: Path, layer: int, found: LayerBounds, names: Sequence[str], lengths: Mapping[str, int]
+    run: Path,
+    layer: int,
+    found: LayerBounds | PredictorBounds,
+    names: Sequence[str],
+    lengths: Mapping[str, int],
 ) -> None:
     """Write the bounds of a layer that was computed."""
     rows = {**found.bounds, STRADDLES: found.straddles.to(torch.int32)}
