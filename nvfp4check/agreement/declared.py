@@ -3,6 +3,7 @@
 Contract:
     asked    the one that `--bounds` names
     dtype    else that of the candidate's run.json, or the next coarser one that is there
+    form     of bounds for either form of attention and for the direct one alone, the former
     ranks    of these the fewest that are no fewer than run.json says (`ranks`), for more ranks
              round more. One that does not say is taken to have as many as bounds are there for:
              an engine need not know what stood around it
@@ -33,7 +34,7 @@ def declared(reference: RunInfo, candidate: RunInfo, asked: str | None = None) -
     if candidate.dtype not in _COARSENESS:
         return None
     of_dtype: dict[str, dict[int, str]] = {}
-    for name in reference.bounds:
+    for name in sorted(reference.bounds, key=len, reverse=True):  # `/direct` before what takes both
         dtype, ranks = split_name(name)
         of_dtype.setdefault(dtype, {})[ranks] = name
     for dtype in _COARSENESS[_COARSENESS.index(candidate.dtype) :]:

@@ -110,7 +110,7 @@ def agree(
     bounds: Annotated[
         str | None,
         typer.Option(
-            metavar="DTYPE[/tpN]",
+            metavar="DTYPE[/tpN][/direct]",
             help="Which of the reference's bounds. [default: by the candidate's dtype and ranks]",
             show_default=False,
         ),

@@ -124,9 +124,10 @@ def forward(
     bounds: Annotated[
         str | None,
         typer.Option(
-            metavar="DTYPE[/tpN][,…]",
+            metavar="DTYPE[/tpN][/direct][,…]",
             help="How far a correct candidate of these dtypes may lie off, for `agree`: "
-            "float32, bfloat16, float16; with /tp8, of an engine of 8 ranks.",
+            "float32, bfloat16, float16; with /tp8, of an engine of 8 ranks; with /direct, of one "
+            "that unfolds keys and values.",
             show_default=False,
         ),
     ] = None,

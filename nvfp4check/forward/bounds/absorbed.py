@@ -26,7 +26,7 @@ import torch
 
 from nvfp4check.forward.bounds.arithmetic import FRESH_BOUNDED, Roundings
 from nvfp4check.forward.bounds.linear import InputForm, SquaringLinear, gain
-from nvfp4check.forward.bounds.uncertain import through_matrix
+from nvfp4check.forward.bounds.uncertain import split_last, through_matrix
 from nvfp4ref.deepseek_v3.config import DeepseekV3Config
 
 
@@ -77,6 +77,11 @@ class Absorbed:
     softmax_scale: float
     roundings: Roundings
 
+    @property
+    def declared(self) -> bool:
+        """Whether any engine may attend so."""
+        return bool(self.roundings.absorbs.any())
+
     def scores(
         self, q_nope: torch.Tensor, rope: torch.Tensor, rope_squares: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -105,7 +110,7 @@ class Absorbed:
             + roundings.of_internal(scores, 2)  # scaled, and less the row's largest
             + roundings.of_functions(torch.ones_like(scores))
         )
-        return scores, of_query, own
+        return scores, self._where_declared(of_query), self._where_declared(own)
 
     def output(self, p: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Return the variance [A, KINDS, H, t, V] that is added after the weights.
@@ -123,7 +128,12 @@ class Absorbed:
         variance = variance + self._of_weights(terms)
         if self.halves.quantised:
             variance[:, FRESH_BOUNDED] += (w @ self.halves.of_values.mT - out).square()
-        return variance
+        return self._where_declared(variance)
+
+    def _where_declared(self, variance: torch.Tensor) -> torch.Tensor:
+        """Return variances [A, KINDS, ...], nothing for engines of the direct form alone."""
+        absorbs = self.roundings.absorbs.to(variance.device)
+        return variance * split_last(absorbs, -1, *(1,) * (variance.dim() - 1))
 
     def _of_weights(self, terms: torch.Tensor) -> torch.Tensor:
         """Return what rounding the weights adds to sums of these squares, [A, KINDS, ...]."""

@@ -54,9 +54,11 @@ BOUNDED = 2.0
 DIRECTED_RANDOM, DIRECTED_BOUNDED, FRESH_RANDOM, FRESH_BOUNDED = range(4)
 KINDS = 4
 
-#: Arithmetic that can be declared, each also over some ranks: bfloat16/tp8.
+#: Arithmetic that can be declared, each also over some ranks, or attending in the direct form
+#: alone: bfloat16/tp8, float32/direct, bfloat16/tp8/direct.
 DECLARABLE = ("float32", "bfloat16", "float16")
-_NAME = re.compile(r"(?P<dtype>\w+?)(?:/tp(?P<ranks>[1-9]\d*))?")
+DIRECT = "/direct"
+_NAME = re.compile(rf"(?P<dtype>\w+?)(?:/tp(?P<ranks>[1-9]\d*))?(?:{DIRECT})?")
 
 
 def risk() -> float:
@@ -72,6 +74,8 @@ class Declared:
     facts: Facts
     #: Over how many ranks products are split, whose shares are added up (`parallel`).
     ranks: int = 1
+    #: Whether keys and values may be left in the latent space (`absorbed`).
+    absorbs: bool = True
 
     @classmethod
     def of_candidate(cls, name: str) -> Self:
@@ -79,19 +83,21 @@ class Declared:
 
         float32 is computed by units that round to nearest, one rounding a term; narrower dtypes by
         tensor cores, whose accumulators are float32 and may truncate. `/tp8` after the dtype is an
-        engine of 8 ranks.
+        engine of 8 ranks, `/direct` at the end one that unfolds keys and values.
 
         Raises:
             CheckError: The dtype is none that can be declared, or the ranks are no power of two.
         """
         dtype, ranks = split_name(name)
-        if dtype not in DECLARABLE or ranks.bit_count() != 1 or name.endswith("/tp1"):
+        if dtype not in DECLARABLE or ranks.bit_count() != 1 or "/tp1/" in f"{name}/":
             raise CheckError(
                 f"--bounds {name!r}: give any of {', '.join(DECLARABLE)}, of an engine of N ranks "
-                "with /tpN after it, N a power of two: bfloat16/tp8"
+                "with /tpN after it, N a power of two: bfloat16/tp8; of one that unfolds keys and "
+                "values with /direct at the end"
             )
         found: torch.dtype = getattr(torch, dtype)
-        return cls(found, _CAREFUL if found == torch.float32 else Facts(), ranks)
+        facts = _CAREFUL if found == torch.float32 else Facts()
+        return cls(found, facts, ranks, absorbs=not name.endswith(DIRECT))
 
     @classmethod
     def of_reference(cls, dtype: torch.dtype) -> Self:
@@ -136,6 +142,8 @@ class Roundings:
     def __init__(self, declared: Sequence[Declared], reference: Declared) -> None:
         self.declared = tuple(declared)
         self.reference = reference
+        #: Which of the declared may attend in the absorbed form.
+        self.absorbs = torch.tensor([side.absorbs for side in self.declared])
 
     def __len__(self) -> int:
         return len(self.declared)

@@ -18,7 +18,10 @@ Contract, to first order  do = sum_j p_j (ds_j - mean ds) (v_j - o) + sum_j p_j 
     own             the sum over keys and one rounding to the dtype
     either form     engines unfold keys and values to prefill and decode in the latent space. Both
                     are correct: what only one rounds is counted, and where both round a score or
-                    an output, the larger of the variances, as above or as in `absorbed`
+                    an output, the larger of the variances, as above or as in `absorbed`; but for
+                    engines that are declared to attend in the direct form alone
+    not covered     queries or weights p in FP8, as FlashMLA's and TensorRT-LLM's FP8 kernels have
+                    them: these are codes of another width, not roundings of the dtype
 """
 
 from dataclasses import dataclass
@@ -154,15 +157,17 @@ def _some(
         + roundings.of_internal(scores, 2)  # scaled, and less the row's largest
         + roundings.of_functions(torch.ones_like(scores))
     )
-    absorbed_scores, of_latent_query, absorbed_own = absorbed.scores(
-        q[..., :width], rope, rope_squares
-    )
-    own = torch.maximum(own, absorbed_own)
+    absorbed_scores = scores
+    if absorbed.declared:
+        absorbed_scores, of_latent_query, absorbed_own = absorbed.scores(
+            q[..., :width], rope, rope_squares
+        )
+        own = torch.maximum(own, absorbed_own)
+        of_query = of_query + of_latent_query
     if shared_weights:
         of_query, of_key = of_query + of_key, own
     else:
         of_key = of_key + own
-    of_query = of_query + of_latent_query
 
     p2, v2 = p.square(), v.square()
     spread = (p @ v2 - out.square()).clamp(min=0.0)
@@ -174,9 +179,11 @@ def _some(
     variance = variance + (p if shared_weights else p2) @ rows.v_variance[..., seen, :]
     variance = variance + roundings.of_output(p) @ v2
     variance = through_matrix(variance, torch.ones_like(out))
-    direct = roundings.of_sum(part.stop, out, p2 @ v2) + roundings.of_output(out)
-    absorbed_p = absorbed_scores.masked_fill(later, float("-inf")).softmax(dim=-1)
-    variance = variance + torch.maximum(direct, absorbed.output(absorbed_p, out))
+    last = roundings.of_sum(part.stop, out, p2 @ v2) + roundings.of_output(out)
+    if absorbed.declared:
+        absorbed_p = absorbed_scores.masked_fill(later, float("-inf")).softmax(dim=-1)
+        last = torch.maximum(last, absorbed.output(absorbed_p, out))
+    variance = variance + last
     ones = torch.ones_like(out[..., 0])
     common = roundings.of_sum(part.stop, ones, ones) + roundings.of_internal(ones, 2)
     return out, variance, common

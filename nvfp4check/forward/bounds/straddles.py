@@ -9,11 +9,14 @@ Contract:
                the element may err, zero unless a threshold lies within w: such a code straddles
     mean       the mean m of the squared error, for an error that is normal with deviation s, from
                above: in shells of z = |error| / s the distance grows with z, so each shell counts
-               by its probability and its outer edge; what is shared is taken at SHARED deviations
+               by its probability and its outer edge; what is shared is taken at SHARED deviations.
+               On which side of a value its threshold lies has nothing to do with the error's sign,
+               so over a row a shell is the mean of both sides
     scale      the largest magnitude of a block lies between max(|x| - w) and max(|x| + w). Where
                the scale's own rounding (to E4M3 in NVFP4, to a power of two in FP8 under ue8m0)
                gives another at either end, all elements are held against their codes under that
-               scale too, and m is doubled, for then either error may be the large one
+               scale too, m is the mean over both ends, and doubled, for then either error may be
+               the large one
     smooth     an FP8 scale that is not rounded, amax / 448, carries the error of amax, which all
                128 elements share: it moves the thresholds, and multiplies the values
     bounded    the sum of a token's squared errors stays below  mu + sqrt(2 v L) + 2 b L / 3  but
@@ -210,27 +213,29 @@ def _nvfp4(
                     if shell < len(edges):
                         off = min(off, together[row, k] + edges[shell] * own[row, k])
                     off += _ELEMENT_ERROR * abs(value)
-                    step = _nvfp4_step(value, off, scale, wide, values[row, k])
+                    step, mean = _nvfp4_step(value, off, scale, wide, values[row, k])
                     if flips:
-                        step = max(step, _nvfp4_step(value, off, scales[0], wide, values[row, k]))
-                        step = max(step, _nvfp4_step(value, off, scales[1], wide, values[row, k]))
+                        less = _nvfp4_step(value, off, scales[0], wide, values[row, k])
+                        more = _nvfp4_step(value, off, scales[1], wide, values[row, k])
+                        step, mean = max(step, less[0], more[0]), less[1] + more[1]
                     straddles = straddles or step > 0
                     if shell == len(edges):
                         most[row, k] = step
                     else:
-                        means[row, k] += (1 + flips) * shells[shell] * step * step
+                        means[row, k] += shells[shell] * mean
             for k in block:
                 means[row, k] = min(means[row, k], most[row, k] ** 2)
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")
 def _nvfp4_step(value: Any, off: Any, scale: Any, decode: Any, own: Any) -> Any:
-    """Return how far the codes of value - off and value + off lie from a value, at most."""
+    """Return how far the codes of value +- off lie from a value, at most, and the mean square."""
     if scale == 0:
-        return abs(own)
+        return abs(own), own * own
     unit = np.float64(scale) * decode
     low = abs(np.float64(_e2m1((value - off) / unit)) * unit - own)
-    return max(low, abs(np.float64(_e2m1((value + off) / unit)) * unit - own))
+    high = abs(np.float64(_e2m1((value + off) / unit)) * unit - own)
+    return max(low, high), (low * low + high * high) / 2
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")
@@ -241,9 +246,10 @@ def _e4m3_signed(value: Any) -> Any:
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")
 def _e4m3_step(value: Any, off: Any, scale: Any, own: Any) -> Any:
-    """Return how far the E4M3 of value - off and value + off lie from a value, at most."""
+    """Return how far the E4M3 of value +- off lie from a value, at most, and the mean square."""
     low = abs(_e4m3_signed((value - off) / scale) * scale - own)
-    return max(low, abs(_e4m3_signed((value + off) / scale) * scale - own))
+    high = abs(_e4m3_signed((value + off) / scale) * scale - own)
+    return max(low, high), (low * low + high * high) / 2
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
@@ -257,12 +263,12 @@ def _given(
             legal = _FP8_ERROR * abs(value)
             kept = _e4m3_signed(x[row, k] / np.float32(scale)) * scale
             values[row, k] = kept
-            most[row, k] = _e4m3_step(value, reach[row, k] + legal, scale, kept)
+            most[row, k] = _e4m3_step(value, reach[row, k] + legal, scale, kept)[0]
             if most[row, k] == 0:
                 continue
             for shell in range(len(edges)):
                 off = min(reach[row, k], together[row, k] + edges[shell] * own[row, k]) + legal
-                means[row, k] += shells[shell] * _e4m3_step(value, off, scale, kept) ** 2
+                means[row, k] += shells[shell] * _e4m3_step(value, off, scale, kept)[1]
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")
@@ -315,13 +321,14 @@ def _fp8(
                     if shell < len(edges):
                         off = min(off, together[row, k] + edges[shell] * own[row, k])
                     off += _FP8_ERROR * abs(value)
-                    step = _e4m3_step(value, off, scale, kept)
+                    step, mean = _e4m3_step(value, off, scale, kept)
                     if flips:
-                        step = max(step, _e4m3_step(value, off, less, kept))
-                        step = max(step, _e4m3_step(value, off, more, kept))
+                        small = _e4m3_step(value, off, less, kept)
+                        large = _e4m3_step(value, off, more, kept)
+                        step, mean = max(step, small[0], large[0]), small[1] + large[1]
                     if shell == len(edges):
                         most[row, k] = step
                     else:
-                        means[row, k] += (1 + flips) * shells[shell] * step * step
+                        means[row, k] += shells[shell] * mean
             for k in block:
                 means[row, k] = min(means[row, k], most[row, k] ** 2)

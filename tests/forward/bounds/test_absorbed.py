@@ -1,8 +1,7 @@
 """Attention in its absorbed form, as engines decode: correct, and so within the bounds."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,14 +12,14 @@ import pytest
 import torch
 
 from nvfp4check.activations import Run
-from nvfp4check.agreement.agree import AgreeResult, agree
+from nvfp4check.agreement.agree import AgreeOptions, AgreeResult, agree
 from nvfp4check.agreement.layers import VALUE_POINTS
 from nvfp4check.agreement.statistics import Decision
 from nvfp4check.forward.bounds.absorbed import Absorbed, Halves
 from nvfp4check.forward.bounds.arithmetic import Declared, Roundings
 from nvfp4check.forward.bounds.attention import attended
 from nvfp4check.forward.bounds.uncertain import Uncertain
-from nvfp4check.forward.options import Activations, Arithmetic, ForwardOptions
+from nvfp4check.forward.options import Activations, Arithmetic, ForwardOptions, LayerRange
 from nvfp4check.forward.streaming import run_forward
 from nvfp4check.tokens import Prompt
 from nvfp4ref.deepseek_v3 import attention
@@ -79,28 +78,6 @@ def heads_shifted(*given: Any) -> torch.Tensor:
     return absorbed(*given).roll(1, dims=1)
 
 
-def no_scores(self: Absorbed, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    scores, of_query, own = REAL_SCORES(self, *given)
-    return scores, torch.zeros_like(of_query), torch.zeros_like(own)
-
-
-def no_output(self: Absorbed, *given: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(REAL_OUTPUT(self, *given))
-
-
-REAL_SCORES, REAL_OUTPUT = Absorbed.scores, Absorbed.output
-
-
-@contextmanager
-def direct_form_alone() -> Iterator[None]:
-    """Derive bounds as if no engine decoded in the latent space."""
-    with (
-        patch.object(Absorbed, "scores", no_scores),
-        patch.object(Absorbed, "output", no_output),
-    ):
-        yield
-
-
 @pytest.fixture(scope="module")
 def long_prompts() -> list[Prompt]:
     golden = Run.open(TINY / "activations" / "transformers-float32")
@@ -124,8 +101,8 @@ def bounded(
     return run
 
 
-def held(reference: Run, arithmetic: str, form: Callable[..., torch.Tensor], out: Path) -> Any:
-    """Hold an engine that attends in this form, each layer given the reference's states."""
+def run_of(reference: Run, arithmetic: str, form: Callable[..., torch.Tensor], out: Path) -> Run:
+    """Run an engine that attends in this form, each layer given the reference's states."""
     prompts = [
         Prompt(id=name, tokens=tuple(reference.tokens(name).tolist())) for name in reference.prompts
     ]
@@ -134,8 +111,12 @@ def held(reference: Run, arithmetic: str, form: Callable[..., torch.Tensor], out
     )
     checkpoint = Path(str(reference.info.checkpoint["location"]))
     with patch.object(attention, "direct", form):
-        run = run_forward(checkpoint, prompts, out / form.__name__, options).run
-    return agree(reference, run)
+        return run_forward(checkpoint, prompts, out / form.__name__, options).run
+
+
+def held(reference: Run, arithmetic: str, form: Callable[..., torch.Tensor], out: Path) -> Any:
+    """Hold such an engine against the bounds of its arithmetic."""
+    return agree(reference, run_of(reference, arithmetic, form, out))
 
 
 def ratios(result: AgreeResult, point: str) -> list[float]:
@@ -175,14 +156,49 @@ def test_a_faulty_absorbed_engine_exceeds_the_bound_in_bfloat16(
     assert all(ratio > 1 for ratio in ratios(result, "attn_output"))
 
 
-def test_where_kv_b_proj_quantises_its_input_the_direct_form_alone_would_not_do(
+def test_where_kv_b_proj_quantises_its_input_the_forms_differ_by_more_than_rounding(
     long_prompts: list[Prompt], tmp_path: Path
 ) -> None:
-    options = ForwardOptions(activations=Activations.ALL, bounds=("float32",))
-    with direct_form_alone():
-        narrow = run_forward(TINY / "fp8", long_prompts, tmp_path / "narrow", options).run
+    names = ("float32", "float32/direct", "bfloat16/direct")
+    options = ForwardOptions(activations=Activations.ALL, bounds=names)
+    reference = run_forward(TINY / "fp8", long_prompts, tmp_path / "both", options).run
 
-    assert min(ratios(held(narrow, "float32", absorbed, tmp_path), "attn_output")) > 1
+    direct, other = (
+        agree(
+            reference,
+            run_of(reference, "float64", form, tmp_path),
+            AgreeOptions(bounds="float32/direct"),
+        )
+        for form in (attention.direct, absorbed)
+    )
+
+    assert direct.verdict is Decision.PASS
+    assert 0 < max(ratios(direct, "attn_output")) < 1
+    assert other.verdict is Decision.FAIL
+    assert min(ratios(other, "attn_output")) > 1
+    wide, narrow = (
+        torch.cat([reference.bound(layer, "passage0", "attn_output", name) for layer in range(5)])
+        for name in names[:2]
+    )
+    assert (narrow <= wide).all()
+    assert float((wide / narrow).median()) > 10
+
+
+def test_an_engine_that_does_not_say_its_form_is_held_to_the_bounds_of_either(
+    long_prompts: list[Prompt], tmp_path: Path
+) -> None:
+    options = ForwardOptions(activations=Activations.ALL, layers=LayerRange(0, 1))
+    bounded = replace(options, bounds=("float32/direct", "float32", "bfloat16/direct"))
+    reference = run_forward(TINY / "fp8", long_prompts, tmp_path / "reference", bounded).run
+    one, other = (
+        run_forward(
+            TINY / "fp8", long_prompts, tmp_path / dtype, replace(options, arithmetic=dtype)
+        )
+        for dtype in (Arithmetic.FLOAT64, Arithmetic.BFLOAT16)
+    )
+
+    assert agree(reference, one.run).bounds.dtype == "float32"
+    assert agree(reference, other.run).bounds.dtype == "bfloat16/direct"
 
 
 def test_a_weighted_latent_that_the_values_cancel_needs_the_bound_of_the_absorbed_form() -> None:
@@ -200,15 +216,16 @@ def test_a_weighted_latent_that_the_values_cancel_needs_the_bound_of_the_absorbe
     w_k = torch.zeros(heads, 32, rank, dtype=torch.float64)
     unfolded = torch.einsum("sc,hnc->shn", latent, torch.cat((w_k, w_v), dim=1)).flatten(1)
     config = replace(TINY_CONFIG, num_attention_heads=heads, kv_lora_rank=rank)
-    roundings = Roundings([Declared.of_candidate("bfloat16")], Declared.of_reference(torch.float64))
     halves = Halves(w_k, w_v, w_k.square(), w_v.square(), 16, rounds=False, quantised=False)
     nothing = Uncertain.exactly(torch.zeros(tokens, 16), 1)
     q_nope = Uncertain.exactly(torch.zeros(tokens, heads * 32), 1)
     q_rope = Uncertain.exactly(torch.zeros(tokens, heads * 16), 1)
-    exact = Uncertain.exactly(unfolded, 1).plus(roundings.of_output(unfolded))
-    form = Absorbed(halves, latent, 1.0, roundings)
 
-    def bound() -> torch.Tensor:
+    def bound(name: str) -> torch.Tensor:
+        side = Declared.of_candidate(name)
+        roundings = Roundings([side], Declared.of_reference(torch.float64))
+        exact = Uncertain.exactly(unfolded, 1).plus(roundings.of_output(unfolded))
+        form = Absorbed(halves, latent, 1.0, roundings)
         return attended(q_nope, q_rope, exact, nothing, form, config, shared_weights=False).bound[0]
 
     later = torch.ones(tokens, tokens).triu(1).bool()
@@ -219,6 +236,5 @@ def test_a_weighted_latent_that_the_values_cancel_needs_the_bound_of_the_absorbe
         dim=-1
     )
 
-    assert (error < bound()).all()
-    with direct_form_alone():
-        assert (error > bound()).any()
+    assert (error < bound("bfloat16")).all()
+    assert (error > bound("bfloat16/direct")).any()

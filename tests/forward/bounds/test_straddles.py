@@ -95,7 +95,7 @@ def test_what_many_errors_make_of_a_row_stays_within_its_bound(form: str, relati
     worst = torch.stack(ratios)
     assert float(worst.max()) <= 1
     if relative > 1e-6:  # and not by orders of magnitude
-        assert float(worst.median()) > 0.02
+        assert float(worst.median()) > 0.06
 
 
 @pytest.mark.parametrize("form", FORMS)
