@@ -35,7 +35,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from nvfp4check.activations import ROUTER_EXPERTS
+from nvfp4check.activations import EH_PROJ, MTP_ENDS, ROUTER_EXPERTS
 from nvfp4check.agreement.bounds import Bounds, HeldBound
 from nvfp4check.agreement.layers import Place, PointAgreement
 from nvfp4check.agreement.routing import Flip, LayerRouting
@@ -51,6 +51,7 @@ NOTHING = "nothing"
 
 #: Order of the computation within a layer.
 ORDER = (
+    EH_PROJ,
     "attn_input",
     "attn_output",
     "mlp_input",
@@ -59,6 +60,7 @@ ORDER = (
     "router_weights",
     "mlp_output",
     "hidden",
+    *MTP_ENDS,
 )
 
 
