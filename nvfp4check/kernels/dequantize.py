@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from nvfp4check.kernels.arch import architecture_of
+from nvfp4check.kernels.grid import place_of
 from nvfp4check.kernels.launch import (
     INPUT_DTYPES,
     ceil_div,
@@ -42,10 +43,11 @@ def _dequantize_kernel(
     BLOCK_K: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_byte = tl.program_id(0) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
-    offs_c = tl.program_id(0) * (BLOCK_K // 16) + tl.arange(0, BLOCK_K // 16)
-    offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    pid_m, pid_k = place_of(tl.cdiv(K, BLOCK_K))
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_byte = pid_k * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
+    offs_c = pid_k * (BLOCK_K // 16) + tl.arange(0, BLOCK_K // 16)
+    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
     rows = offs_m.to(tl.int64)[:, None]
     in_rows = offs_m[:, None] < M
 
@@ -106,7 +108,7 @@ def dequantize(
     block_m, block_k = tile_shape(arch, M, K)
     launch(
         _dequantize_kernel,
-        (ceil_div(K, block_k), ceil_div(M, block_m)),
+        (ceil_div(K, block_k) * ceil_div(M, block_m),),
         codes,
         scales,
         global_decode_scale,

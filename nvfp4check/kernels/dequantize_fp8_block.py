@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from nvfp4check.kernels.arch import INTERPRETER, Architecture, architecture_of
+from nvfp4check.kernels.grid import place_of
 from nvfp4check.kernels.launch import (
     INPUT_DTYPES,
     ceil_div,
@@ -42,7 +43,7 @@ def _dequantize_fp8_block_kernel(
     BLOCK_K: tl.constexpr,
 ):
     # A tile lies inside one block of 128 x 128, so its scale is one number.
-    pid_n, pid_k = tl.program_id(1), tl.program_id(0)
+    pid_n, pid_k = place_of(tl.cdiv(K, BLOCK_K))
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = (offs_n[:, None] < N) & (offs_k[None, :] < K)
@@ -81,7 +82,7 @@ def dequantize_fp8_block(
     block_n, block_k = fp8_tile(architecture_of(w))
     launch(
         _dequantize_fp8_block_kernel,
-        (ceil_div(K, block_k), ceil_div(N, block_n)),
+        (ceil_div(K, block_k) * ceil_div(N, block_n),),
         raw,
         scale_inv,
         out,

@@ -31,7 +31,13 @@ from nvfp4check.kernels.launch import (
     power_of_two,
     rows_of,
 )
-from nvfp4check.kernels.matmul import POINTER_CONFIG, few_config, scale_descriptor, tma_reads
+from nvfp4check.kernels.matmul import (
+    POINTER_CONFIG,
+    check_swizzled,
+    few_config,
+    scale_descriptor,
+    tma_reads,
+)
 from nvfp4check.kernels.matmul_kernels import decode_halves, load_scale_tile, store_tile
 from nvfp4check.kernels.swizzle import swizzle
 from nvfp4ref.formats import BLOCK_SIZE, SCALE_TILE_ROWS
@@ -220,7 +226,9 @@ def grouped_matmul_swizzled(
     N, K, E = _check(a_codes, a_scales, b_codes, alpha, expert_offsets, dtype)
     check_dtype("b_scales", b_scales, torch.float8_e4m3fn)
     columns = ceil_div(K, 64) * 4
-    check_shape("b_scales", b_scales, E * ceil_div(N, SCALE_TILE_ROWS) * SCALE_TILE_ROWS * columns)
+    check_swizzled(
+        "b_scales", b_scales, E * ceil_div(N, SCALE_TILE_ROWS) * SCALE_TILE_ROWS * columns
+    )
     if not architecture_of(a_codes).multiplies_nvfp4 or not _tma_reads_experts(b_codes):
         raise ValueError(
             "swizzled scales are for tensor cores that multiply NVFP4, and codes whose rows begin "

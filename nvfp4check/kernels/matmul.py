@@ -166,12 +166,19 @@ def matmul_swizzled(
     if K % SCALE_TILE_K:
         raise ValueError(f"K = {K}: swizzled scales have no padding along K in multiples of 64")
     for name, scales, rows in (("a_scales", a_scales, M), ("b_scales", b_scales, N)):
-        check_shape(name, scales, ceil_div(rows, SCALE_TILE_ROWS) * SCALE_TILE_ROWS * K // 16)
+        check_swizzled(name, scales, ceil_div(rows, SCALE_TILE_ROWS) * SCALE_TILE_ROWS * K // 16)
     if not architecture_of(a_codes).multiplies_nvfp4:
         raise ValueError("swizzled scales are for tensor cores that multiply NVFP4: use matmul")
     if not (tma_reads(a_codes) and tma_reads(b_codes)):
         raise ValueError("a_codes and b_codes must begin on 16 bytes and have contiguous rows")
     return _matmul_tma(a_codes, a_scales, b_codes, b_scales, alpha, dtype, config)
+
+
+def check_swizzled(name: str, scales: torch.Tensor, size: int) -> None:
+    """Raise ValueError unless TMA can read flat scales: of the size, contiguous, on 16 bytes."""
+    check_shape(name, scales, size)
+    if scales.stride(0) != 1 or scales.data_ptr() % _TMA_BYTES:
+        raise ValueError(f"{name}: must be contiguous and begin on {_TMA_BYTES} bytes")
 
 
 def tma_reads(codes: torch.Tensor) -> bool:

@@ -97,7 +97,7 @@ def _mla_decode_kernel(
         token = start + tl.arange(0, BLOCK_N)
         alive = token < last
         page = tl.load(page_table_ptr + b * stride_tb + token // PAGE, mask=alive, other=0)
-        slot = token % PAGE
+        slot = (token % PAGE).to(tl.int64)
         latent_rows = page.to(tl.int64) * stride_lp + slot * stride_ls
         latent = tl.load(
             latent_ptr + latent_rows[:, None] + offs_l[None, :],

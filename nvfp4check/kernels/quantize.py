@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from nvfp4check.kernels.arch import INTERPRETER, Architecture, architecture_of
+from nvfp4check.kernels.grid import place_of
 from nvfp4check.kernels.launch import (
     INPUT_DTYPES,
     ceil_div,
@@ -96,8 +97,7 @@ def _quantize_kernel(
     SWIZZLED: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    pid_m = tl.program_id(1)
-    pid_k = tl.program_id(0)
+    pid_m, pid_k = place_of(tl.cdiv(tiles_across * 64 if SWIZZLED else K, BLOCK_K))
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
 
@@ -201,7 +201,7 @@ def quantize(
     block_m, block_k = tile_shape(arch, rows, columns)
     launch(
         _quantize_kernel,
-        (ceil_div(columns, block_k), ceil_div(rows, block_m)),
+        (ceil_div(columns, block_k) * ceil_div(rows, block_m),),
         x,
         global_decode_scale,
         codes,

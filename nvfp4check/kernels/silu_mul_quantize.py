@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from nvfp4check.kernels.arch import architecture_of
+from nvfp4check.kernels.grid import place_of
 from nvfp4check.kernels.launch import (
     INPUT_DTYPES,
     ceil_div,
@@ -55,8 +56,8 @@ def _silu_mul_quantize_kernel(
     SWIZZLED: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    pid_k = tl.program_id(0)
-    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    pid_m, pid_k = place_of(tl.cdiv(tiles_across * 64 if SWIZZLED else K, BLOCK_K))
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = (offs_m[:, None] < M) & (offs_k[None, :] < K)
     rows = offs_m.to(tl.int64)[:, None]
@@ -113,7 +114,7 @@ def silu_mul_quantize(
     block_m, block_k = tile_shape(arch, rows, columns)
     launch(
         _silu_mul_quantize_kernel,
-        (ceil_div(columns, block_k), ceil_div(rows, block_m)),
+        (ceil_div(columns, block_k) * ceil_div(rows, block_m),),
         gate,
         up,
         global_decode_scale,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from nvfp4check.kernels.arch import INTERPRETER, Architecture, architecture_of
+from nvfp4check.kernels.grid import place_of
 from nvfp4check.kernels.launch import (
     ceil_div,
     check_dtype,
@@ -29,40 +30,42 @@ _SCALE_DTYPES = (torch.float8_e4m3fn, torch.uint8)
 
 
 @triton.jit
-def _places(TILES: tl.constexpr):
+def _places(band, part, TILES: tl.constexpr):
     """Return the row and the column within a band of tiles, of each element read in order."""
     group = tl.arange(0, 4)[:, None, None]
     row = group * 32 + tl.arange(0, 32)[None, :, None]
-    column = tl.program_id(0) * (TILES * 4) + tl.arange(0, TILES * 4)[None, None, :]
-    return tl.program_id(1) * 128 + row, column
+    column = part * (TILES * 4) + tl.arange(0, TILES * 4)[None, None, :]
+    return band * 128 + row, column
 
 
 @triton.jit
-def _band_places(tiles_across, TILES: tl.constexpr):
+def _band_places(band, part, tiles_across, TILES: tl.constexpr):
     """Return the place of each of the TILES * 512 bytes written in order, and whether it exists."""
     place = tl.arange(0, TILES * 512)
-    first = tl.program_id(1).to(tl.int64) * tiles_across + tl.program_id(0) * TILES
-    return first * 512 + place, tl.program_id(0) * TILES + place // 512 < tiles_across
+    first = band.to(tl.int64) * tiles_across + part * TILES
+    return first * 512 + place, part * TILES + place // 512 < tiles_across
 
 
 @triton.jit
 def _swizzle_kernel(linear_ptr, flat_ptr, M, C, stride_sm, tiles_across, TILES: tl.constexpr):
-    row, column = _places(TILES)
+    band, part = place_of(tl.cdiv(tiles_across, TILES))
+    row, column = _places(band, part, TILES)
     scales = tl.load(
         linear_ptr + row.to(tl.int64) * stride_sm + column, mask=(row < M) & (column < C), other=0
     )
     # (row // 32, row % 32, tile, column) to (tile, row % 32, row // 32, column).
     tiles = tl.permute(tl.reshape(scales, (4, 32, TILES, 4)), (2, 1, 0, 3))
-    place, exists = _band_places(tiles_across, TILES)
+    place, exists = _band_places(band, part, tiles_across, TILES)
     tl.store(flat_ptr + place, tl.reshape(tiles, (TILES * 512,)), mask=exists)
 
 
 @triton.jit
 def _unswizzle_kernel(flat_ptr, linear_ptr, M, C, tiles_across, TILES: tl.constexpr):
-    place, exists = _band_places(tiles_across, TILES)
+    band, part = place_of(tl.cdiv(tiles_across, TILES))
+    place, exists = _band_places(band, part, tiles_across, TILES)
     tiles = tl.reshape(tl.load(flat_ptr + place, mask=exists, other=0), (TILES, 32, 4, 4))
     scales = tl.reshape(tl.permute(tiles, (2, 1, 0, 3)), (4, 32, TILES * 4))
-    row, column = _places(TILES)
+    row, column = _places(band, part, TILES)
     tl.store(linear_ptr + row.to(tl.int64) * C + column, scales, mask=(row < M) & (column < C))
 
 
@@ -87,7 +90,7 @@ def swizzle(block_scales: torch.Tensor) -> torch.Tensor:
     tiles = swizzle_tiles(architecture_of(linear), tiles_across)
     launch(
         _swizzle_kernel,
-        (ceil_div(tiles_across, tiles), bands),
+        (ceil_div(tiles_across, tiles) * bands,),
         linear,
         flat,
         M,
@@ -115,7 +118,7 @@ def unswizzle(flat: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     tiles = swizzle_tiles(architecture_of(flat), tiles_across)
     launch(
         _unswizzle_kernel,
-        (ceil_div(tiles_across, tiles), bands),
+        (ceil_div(tiles_across, tiles) * bands,),
         source,
         linear,
         rows,

@@ -131,7 +131,7 @@ def row_quantum(elements: torch.Tensor) -> torch.Tensor:
     steps = (elements / ELEMENT_QUANTUM).nan_to_num(0.0).long()
     lowest = torch.where(steps == 0, torch.iinfo(torch.int64).max, steps & -steps)
     if lowest.shape[-1] == 0:
-        return torch.ones(elements.shape[:-1], dtype=torch.float64)
+        return torch.ones(elements.shape[:-1], dtype=torch.float64, device=elements.device)
     found = lowest.min(dim=-1).values
     empty = found == torch.iinfo(torch.int64).max
     return torch.where(empty, 1.0, found.double() * ELEMENT_QUANTUM)
@@ -157,7 +157,7 @@ def accumulate(a: torch.Tensor, b: torch.Tensor, order: Accumulation) -> torch.T
     total_k = a.shape[1]
     chunks = -(-total_k // order.chunk)
     share = -(-chunks // order.splits) * order.chunk
-    result = torch.zeros(a.shape[0], b.shape[0], dtype=order.dtype)
+    result = torch.zeros(a.shape[0], b.shape[0], dtype=order.dtype, device=a.device)
     for first in range(0, total_k, max(share, 1)):
         partial = torch.zeros_like(result)
         for k in range(first, min(first + share, total_k), order.chunk):
@@ -206,7 +206,8 @@ def grouped_matmul(
         ValueError: The offsets do not rise from 0 to M, or the shapes do not fit together.
     """
     groups = group_rows(expert_offsets, b_codes.shape[0], a_codes.shape[0])
-    out = torch.zeros(a_codes.shape[0], b_codes.shape[1], dtype=dtype)
+    shape = (a_codes.shape[0], b_codes.shape[1])
+    out = torch.zeros(shape, dtype=dtype, device=a_codes.device)
     for expert, rows in enumerate(groups):
         out[rows] = matmul(
             a_codes[rows],
