@@ -40,18 +40,7 @@ from nvfp4check.activations import (
     write_bytes,
 )
 from nvfp4check.findings import CheckError
-from nvfp4check.forward.options import (
-    Activations,
-    Arithmetic,
-    ForwardOptions,
-    KvCache,
-    LayerRange,
-    Logits,
-    Perturbation,
-)
-from nvfp4check.forward.streaming import run_forward
-from nvfp4check.tokens import Prompt
-from nvfp4ref.deepseek_v3.linear import LinearMode
+from nvfp4check.forward.again import computed_again
 
 SCHEMA = "nvfp4check/goldens/1"
 MANIFEST_FILE = "MANIFEST.json"
@@ -185,12 +174,18 @@ def verify(
     run: Path | None = None,
     checkpoint: str | Path | None = None,
     closeness: Closeness = Closeness.BITS,
+    inputs: Path | None = None,
 ) -> Comparison:
     """Hold a golden against its manifest, and a run or a fresh one of a checkpoint against it.
 
+    `inputs` is the run whose states each layer of the golden began with, where it did.
+
     Raises:
-        CheckError: No golden is recorded there, or the run or the checkpoint cannot be read.
+        CheckError: No golden is recorded there, the run or the checkpoint cannot be read, or a
+            fresh run cannot be computed as the golden was.
     """
+    if inputs is not None and checkpoint is None:
+        raise CheckError("--inputs: goes with --checkpoint, for a fresh run to begin with")
     manifest = Manifest.near(golden)
     listed = manifest.of(golden)
     if not listed:
@@ -210,7 +205,7 @@ def verify(
             compared += count
         if checkpoint is not None:
             with TemporaryDirectory(prefix="nvfp4check-golden-") as folder:
-                fresh = _fresh(kept, checkpoint, Path(folder) / "run")
+                fresh = computed_again(kept, checkpoint, Path(folder) / "run", inputs)
                 more, count = compare(kept, fresh, closeness)
             differences += more
             compared += count
@@ -290,28 +285,6 @@ def _against_manifest(golden: Path, manifest: Manifest) -> Iterator[Difference]:
             yield Difference(file=name, message="has another sha256 than its manifest says")
     for name in there.keys() - listed.keys():
         yield Difference(file=name, message=f"not listed in {manifest.path.name}")
-
-
-def _fresh(golden: Run, checkpoint: str | Path, out: Path) -> Run:
-    """Compute a run of a checkpoint in the way in which a golden was made."""
-    info = golden.info
-    prompts = [
-        Prompt(id=prompt.id, text=prompt.text, tokens=tuple(golden.tokens(prompt.id).tolist()))
-        for prompt in info.prompts
-    ]
-    modes = {str(mode): mode for mode in LinearMode}
-    options = ForwardOptions(
-        mode=modes.get(info.mode or ""),
-        kv_cache=KvCache(info.kv_cache or "none"),
-        arithmetic=Arithmetic(info.dtype or "float32"),
-        activations=Activations.ALL if golden.layers else Activations.NONE,
-        logits=Logits.parse(info.logits or "full"),
-        layers=LayerRange(0, info.layers[1] if info.layers else None),
-        mtp=info.mtp > 0,
-        perturbation=Perturbation.parse(info.perturb) if info.perturb else None,
-        seed=info.seed or 0,
-    )
-    return run_forward(checkpoint, prompts, out, options).run
 
 
 def _run_files(run: Path) -> list[Path]:

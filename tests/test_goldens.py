@@ -85,6 +85,67 @@ def test_another_run_takes_a_goldens_place_only_when_told_and_does_not_pass_then
     assert verify(golden, other).holds
 
 
+def test_a_golden_of_given_inputs_is_met_by_a_fresh_run_of_the_same_inputs(
+    run: Path, tmp_path: Path
+) -> None:
+    options = ForwardOptions(activations=Activations.ALL, inputs=run)
+    single = run_forward(TINY / "nvfp4", PROMPTS, tmp_path / "single", options).run.path
+    golden, model = tmp_path / "golden", TINY / "nvfp4"
+    record(single, golden, "a test")
+
+    assert verify(golden, checkpoint=model, inputs=run).differences == ()
+    with pytest.raises(CheckError, match=r"began with the states of another run .* with --inputs"):
+        verify(golden, checkpoint=model)
+    with pytest.raises(CheckError, match=r"its states differ .* first for prompt 'a'"):
+        verify(golden, checkpoint=model, inputs=single)
+    with pytest.raises(CheckError, match="goes with --checkpoint"):
+        verify(golden, inputs=run)
+
+
+def test_inputs_are_refused_for_a_golden_that_had_none(run: Path, tmp_path: Path) -> None:
+    record(run, tmp_path / "golden", "a test")
+
+    with pytest.raises(CheckError, match="was computed without; leave the option out"):
+        verify(tmp_path / "golden", checkpoint=TINY / "bf16", inputs=run)
+
+
+@pytest.mark.parametrize("kept", [Activations.HIDDEN, Activations.NONE])
+def test_a_golden_of_forced_experts_is_met_with_the_experts_it_recorded(
+    kept: Activations, run: Path, tmp_path: Path
+) -> None:
+    options = ForwardOptions(activations=kept, routing=run)
+    forced = run_forward(TINY / "nvfp4", PROMPTS, tmp_path / "forced", options).run.path
+    golden = tmp_path / "golden"
+    record(forced, golden, "a test")
+
+    if kept is Activations.NONE:
+        with pytest.raises(CheckError, match=r"recorded none of them .* give one with --run"):
+            verify(golden, checkpoint=TINY / "nvfp4")
+    else:
+        assert verify(golden, checkpoint=TINY / "nvfp4").differences == ()
+        free = run_forward(TINY / "nvfp4", PROMPTS, tmp_path / "free").run.path
+        assert not verify(golden, free).holds  # the experts matter
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("mode", "served", "what a server answered"),
+        ("dtype", "float16", "dtype 'float16'; a fresh run has one of float32"),
+        ("kv_cache", "fp4", "kv_cache 'fp4'; a fresh run has one of stored"),
+    ],
+)
+def test_a_golden_that_forward_does_not_make_is_not_computed_anew(
+    field: str, value: str, message: str, run: Path, tmp_path: Path
+) -> None:
+    document = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**document, field: value}))
+    record(run, tmp_path / "golden", "a test")
+
+    with pytest.raises(CheckError, match=message):
+        verify(tmp_path / "golden", checkpoint=TINY / "bf16")
+
+
 def test_where_no_golden_is_recorded_nothing_can_be_verified(tmp_path: Path, run: Path) -> None:
     with pytest.raises(CheckError, match=r"nowhere: is no golden: nothing is there; .* record RUN"):
         verify(tmp_path / "nowhere", run)

@@ -68,6 +68,7 @@ def record(
         "nvfp4check golden verify goldens/tiny",
         "nvfp4check golden verify goldens/tiny --run run",
         "nvfp4check golden verify goldens/tiny --checkpoint ./model --close float32",
+        "nvfp4check golden verify goldens/single --checkpoint ./model --inputs reference",
     ),
 )
 def verify(
@@ -81,6 +82,14 @@ def verify(
         typer.Option(
             metavar="CKPT",
             help="Compute a fresh run, as the golden was made.",
+            show_default=False,
+        ),
+    ] = None,
+    inputs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN",
+            help="The run that each layer of the golden began with (forward --inputs).",
             show_default=False,
         ),
     ] = None,
@@ -98,7 +107,7 @@ def verify(
     into = prepared_format(format, output)
     from nvfp4check import goldens
 
-    comparison = goldens.verify(golden, run, checkpoint, goldens.Closeness(close.value))
+    comparison = goldens.verify(golden, run, checkpoint, goldens.Closeness(close.value), inputs)
     write(render(_document("verify", comparison), into), output)
     return ExitCode.HOLDS if comparison.holds else ExitCode.DOES_NOT_HOLD
 

@@ -145,6 +145,9 @@ def test_a_golden_is_recorded_then_verified_then_missed(
         *("golden", "verify", golden, "--run", changed, "--close", "float32", "--format", "json")
     )
 
+    given = run(*("golden", "verify", golden, "--checkpoint", str(TINY / "bf16"), "--inputs", out))
+    assert given.code == 2
+    assert f"--inputs {out}: {golden} was computed without" in given.err
     assert (recorded.code, verified.code, fresh.code) == (1, 0, 0)
     assert "recorded: was missing" in recorded.out
     assert "holds" in verified.out
