@@ -48,7 +48,8 @@ def bench(
     """Time kernels and those of other libraries on this GPU, and check them in the same run.
 
     Times stand beside the copy bandwidth and the matrix rate measured in the same run. Exit 1 if
-    a kernel that was timed breaks a law of its operation; exit 2 without a GPU.
+    a kernel that was timed breaks a law of its operation; exit 2 if one refused a workload, or
+    without a GPU.
     """
     into = prepared_format(format, output)
     if chip and not predict:
@@ -57,8 +58,9 @@ def bench(
         raise CheckError("--tune times on a GPU, and --predict needs none: give one of them")
     document = predict_document(op, chip or []) if predict else bench_document(op, tune)
     write(render(document, into), output)
-    wrong = "fail" in document.get("correct", {}).values()
-    return ExitCode.DOES_NOT_HOLD if wrong else ExitCode.HOLDS
+    if "fail" in document.get("correct", {}).values():
+        return ExitCode.DOES_NOT_HOLD
+    return ExitCode.COULD_NOT_CHECK if document.get("refused") else ExitCode.HOLDS
 
 
 def predict_document(op: str | None, names: list[str]) -> dict[str, Any]:
@@ -96,11 +98,12 @@ def bench_document(op: str | None, tune: bool = False) -> dict[str, Any]:
     Raises:
         CheckError: There is no GPU, or no such operation.
     """
+    from nvfp4check.kernels.bench import Timing, measure_rates, require_gpu
     from nvfp4check.kernels.bench import bench as timings
-    from nvfp4check.kernels.bench import measure_rates, require_gpu
 
     rates = measure_rates(require_gpu())
-    timed = [asdict(timing) for timing in timings(op, _kernels, rates)]
+    found = list(timings(op, _kernels, rates))
+    timed = [asdict(one) for one in found if isinstance(one, Timing)]
     names = {(one["implementation"], one["operation"]) for one in timed}
     correct = {f"{impl} {name}": _verdict(impl, name) for impl, name in sorted(names)}
     if tune and op in (None, "matmul"):
@@ -111,6 +114,7 @@ def bench_document(op: str | None, tune: bool = False) -> dict[str, Any]:
         **_head(predicted=False),
         "rates": asdict(rates),
         "timings": timed,
+        "refused": [asdict(one) for one in found if not isinstance(one, Timing)],
         "correct": correct,
     }
 

@@ -31,6 +31,10 @@ def _reference() -> list[Implementation]:
 
 def _own(device: str) -> list[Implementation]:
     missing = None if sys.platform == "linux" else "triton runs on Linux"
+    if missing is None and device != "cpu":
+        from nvfp4check.kernels.arch import missing as missing_on
+
+        missing = missing_on(device)
     return [
         Implementation(
             name="triton",

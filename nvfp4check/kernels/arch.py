@@ -87,6 +87,25 @@ def architecture_of(tensor: torch.Tensor) -> Architecture:
     return _architecture_of_gpu(tensor.device.index or 0)
 
 
+def missing(device: str) -> str | None:
+    """Return why the kernels do not run on a device, or None where they do."""
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    if place.type == "cpu":
+        return None
+    if place.type != "cuda":
+        return f"the kernels run on a CUDA GPU or a CPU, not on {place.type}"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA GPU"
+    try:
+        _architecture_of_gpu(place.index or 0)
+    except (ValueError, RuntimeError) as error:  # an unknown chip, or no GPU of that index
+        return str(error).splitlines()[0]
+    return None
+
+
 @cache
 def _architecture_of_gpu(index: int) -> Architecture:
     major, minor = torch.cuda.get_device_capability(index)
@@ -107,8 +126,7 @@ def architecture_of_capability(capability: int) -> Architecture:
     ]
     if not known:
         raise ValueError(
-            f"compute capability {capability / 10} is not known; known are "
-            f"{', '.join(ARCHITECTURES)}"
+            f"compute capability {capability / 10}: the kernels know {', '.join(ARCHITECTURES)}"
         )
     return max(known, key=lambda arch: arch.capability)
 

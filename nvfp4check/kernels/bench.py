@@ -49,6 +49,16 @@ class Timing:
     operations_per_second: float
 
 
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A kernel that did not take a workload, and what it said."""
+
+    operation: str
+    sizes: str
+    implementation: str
+    why: str
+
+
 def require_gpu() -> torch.device:
     """Return the current CUDA device.
 
@@ -227,10 +237,29 @@ _MAKERS: dict[str, Callable[[_Maker, _Sizes], list[Any]]] = {
 
 def bench(
     op: str | None, kernels: Callable[[str], Iterator[tuple[str, Kernel]]], rates: MeasuredRates
-) -> Iterator[Timing]:
-    """Yield a timing for each workload and each kernel that is known of its operation."""
+) -> Iterator[Timing | Refusal]:
+    """Yield a timing for each workload and each kernel that is known of its operation.
+
+    Raises:
+        CheckError: A kernel left the GPU unusable.
+    """
     device = require_gpu()
     for workload in workloads(op):
         inputs = make_inputs(workload, device)
         for name, kernel in kernels(workload.operation):
-            yield time_kernel(workload, name, kernel, inputs, rates)
+            try:
+                yield time_kernel(workload, name, kernel, inputs, rates)
+            except Exception as error:  # not our code: any error is its answer
+                said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                yield Refusal(workload.operation, workload.label, name, said)
+                _still_usable(device, f"{name} {workload.operation} {workload.label}: {said}")
+
+
+def _still_usable(device: torch.device, blamed: str) -> None:
+    """Raise CheckError if a GPU gives an error again, as after an access outside memory."""
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        raise CheckError(f"{blamed}; the GPU is unusable for this process since") from error

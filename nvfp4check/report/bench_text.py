@@ -1,6 +1,6 @@
 """Limits and timings of kernels as text and as Markdown."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tabulate import tabulate
@@ -58,4 +58,10 @@ def _timings(document: Mapping[str, Any], tablefmt: str) -> str:
         f"{rates['gpu']}: copies {rates['copy_bandwidth'] / 1e9:.0f} GB/s, bfloat16 products "
         f"{rates['matrix_rate'] / 1e12:.0f} Top/s, measured in this run\n\n"
         f"{tabulate(rows, headers=headers, tablefmt=tablefmt, disable_numparse=True)}\n"
+        f"{''.join(_refusals(document))}"
     )
+
+
+def _refusals(document: Mapping[str, Any]) -> Iterator[str]:
+    for one in document["refused"]:
+        yield f"{one['implementation']} refused {one['operation']} {one['sizes']}: {one['why']}\n"

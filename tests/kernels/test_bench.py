@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 
+from nvfp4check.cli import kernels_bench
 from nvfp4check.cli.kernels_bench import bench as bench_command
 from nvfp4check.cli.kernels_bench import predict_document
 from nvfp4check.findings import CheckError
@@ -100,6 +101,7 @@ def test_a_measured_document_shows_shares_and_verdicts():
         "predicted": False,
         "rates": {"gpu": "H100", "copy_bandwidth": 2.9e12, "matrix_rate": 7e14},
         "timings": [{name: getattr(timing, name) for name in timing.__slots__}],
+        "refused": [],
         "correct": {"triton quantize": "pass"},
     }
 
@@ -108,6 +110,34 @@ def test_a_measured_document_shows_shares_and_verdicts():
     assert "copies 2900 GB/s" in text
     assert "87% of memory" in text
     assert text.rstrip().endswith("pass")
+
+
+def refuses(*arguments):
+    raise RuntimeError("no kernel image for this device\nand a long trace")
+
+
+def test_a_kernel_that_refuses_a_workload_is_named_and_the_others_are_timed(monkeypatch):
+    monkeypatch.setattr(bench, "require_gpu", lambda: CPU)
+    monkeypatch.setattr(bench, "WORKLOADS", SMALL[:2])
+    monkeypatch.setattr(bench, "seconds", lambda call: (call(), 1e-3)[1])
+    monkeypatch.setattr(bench, "measure_rates", lambda device: bench.MeasuredRates("G", 1e12, 1e15))
+    monkeypatch.setattr(kernels_bench, "_verdict", lambda implementation, operation: "pass")
+    kernels = [("peer", refuses), ("mine", lambda *arguments: None)]
+    monkeypatch.setattr(kernels_bench, "_kernels", lambda operation: iter(kernels))
+
+    document = kernels_bench.bench_document(None)
+
+    assert [one["operation"] for one in document["timings"]] == ["quantize", "dequantize"]
+    assert {one["implementation"] for one in document["timings"]} == {"mine"}
+    said = "peer refused quantize M=64 K=256: RuntimeError: no kernel image for this device\n"
+    assert said in render(document, Format.TEXT)
+    assert bench_command(op=None, output=None, format=Format.JSON) == 2
+
+
+def test_after_an_error_that_the_gpu_keeps_nothing_more_is_timed(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", refuses)
+    with pytest.raises(CheckError, match=r"^peer: wrong; the GPU is unusable"):
+        bench._still_usable(torch.device("cuda"), "peer: wrong")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to time on")
