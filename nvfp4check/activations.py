@@ -60,6 +60,8 @@ MOST_EXPERTS = 1 << 16
 
 #: Beside the bounds: codes that were counted as flipped, and whose experts cannot legally change.
 STRADDLES, SETTLED = "straddles", "settled"
+#: And where attention errs whose cache keeps values in place of FP8 codes.
+UNCACHED = "uncached"
 
 
 class Run:
@@ -233,6 +235,21 @@ class Run:
                 f"{tokens} tokens"
             )
         return bound
+
+    def uncached(self, layer: int, prompt: str, dtype: str) -> "torch.Tensor":
+        """Return in which direction attn_output errs if its cache keeps values, [T, D].
+
+        Raises:
+            CheckError: It was not derived, or is none.
+        """
+        file, name = bounds_file(self.path, layer), f"{prompt}/{UNCACHED}/{dtype}"
+        found = self._tensor(file, name, rank=2)
+        if len(found) != self.rows(layer, prompt):
+            raise CheckError(
+                f"{file}: {name!r} is {list(found.shape)}, expected a row for each of "
+                f"{self.rows(layer, prompt)} tokens"
+            )
+        return found
 
     def layer_file(self, layer: int) -> Path:
         """Return where a layer's points lie."""

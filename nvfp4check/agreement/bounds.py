@@ -18,9 +18,11 @@ Contract:
                 the scores leaves no other choice; else legal, and the token has no bound at
                 router_weights, mlp_output and hidden. So has a token whose choice may change and
                 was not recorded
+    cache       a candidate that keeps values where the reference's cache is FP8 may lie within
+                every bound; by its direction the error tells (`uncached`), and that is a fault
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,6 +31,7 @@ from nvfp4check.activations import HIDDEN, MTP_ENDS, SETTLED, Run
 from nvfp4check.agreement.declared import declared, described
 from nvfp4check.agreement.integrity import Problem
 from nvfp4check.agreement.layers import Place, PointAgreement, values
+from nvfp4check.agreement.uncached import POINT, CacheShare, Group, cache_share, groups_of
 from nvfp4check.forward.bounds.arithmetic import risk
 from nvfp4check.layer_inputs import LayerInputs
 from nvfp4ref.rounding import UNIT_ROUNDOFF, round_to
@@ -70,6 +73,8 @@ class Bounds:
     #: Layers and tokens whose choice of experts was judged by the bounds.
     judged: frozenset[tuple[int, Place]] = frozenset()
     problems: tuple[Problem, ...] = ()
+    #: Whether the candidate's cache holds FP8 codes; None where the reference's does not.
+    cache: CacheShare | None = None
 
     @property
     def risk(self) -> float:
@@ -137,6 +142,7 @@ class _Holding:
     def all(self, points: Sequence[PointAgreement]) -> Bounds:
         """Hold every point."""
         found: dict[tuple[int, str], HeldBound] = {}
+        groups: list[Group] = []
         for layer in dict.fromkeys(point.layer for point in points):
             names = self._reference.bounded(layer)
             if not names:
@@ -146,16 +152,20 @@ class _Holding:
                 prompt: self._settled(layer, prompt, golden[prompt], names)
                 for prompt in self._prompts
             }
+            groups += groups_of(self._reference, self._candidate, layer, golden, self._dtype)
             for point in points:
                 if point.layer == layer:
                     held = self._hold(point, golden, bound_here, names)
                     if held is not None:
                         found[point.key] = held
+        cache = cache_share(groups)
         return Bounds(
             dtype=self._dtype,
             points=found,
             illegal=tuple(self._illegal),
             judged=frozenset(self._judged),
+            cache=cache,
+            problems=tuple(_of_cache(cache)),
         )
 
     def _golden(self, layer: int, prompt: str) -> int:
@@ -254,6 +264,11 @@ class _Source:
         """Return the digest for a prompt; None where it is not known."""
         known = self._given if self._given else self._own.digests
         return known.get(prompt)
+
+
+def _of_cache(cache: CacheShare | None) -> Iterator[Problem]:
+    if cache is not None and cache.kept_values:
+        yield Problem(kind="cache", run="candidate", point=POINT, message=cache.message())
 
 
 def _points(run: Run, layer: int) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from nvfp4check.agreement.layers import Place
 from nvfp4check.agreement.routing import LayerRouting
 from nvfp4check.agreement.statistics import Estimate
 from nvfp4check.agreement.summary import Bucket, Summary
+from nvfp4check.agreement.uncached import CacheShare
 from nvfp4check.agreement.words import Words
 
 SCHEMA = "nvfp4check/agree/1"
@@ -56,6 +57,7 @@ def agree_document(result: AgreeResult, words: Words | None = None) -> dict[str,
             "exceeding": sum(held.exceeding for held in result.bounds.points.values()),
             "illegal_flips": len(result.bounds.illegal),
             "risk": result.bounds.risk,
+            "cache": _cache(result.bounds.cache),
         },
         "prompts": [
             {"id": info.id, "tokens": info.tokens, "text": info.text}
@@ -102,6 +104,13 @@ def _run(run: Run) -> dict[str, Any]:
 
 def _place(place: Place | None) -> dict[str, Any] | None:
     return None if place is None else {"prompt": place.prompt, "token": place.token}
+
+
+def _cache(cache: CacheShare | None) -> dict[str, Any] | None:
+    if cache is None or cache.interval is None:
+        return None
+    low, high = cache.interval
+    return {"share": cache.share, "low": low, "high": high}
 
 
 def _point(point: HeldPoint) -> dict[str, Any]:

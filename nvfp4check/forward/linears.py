@@ -135,6 +135,13 @@ class StreamedLinear:
             lambda squares: rows @ squares.T,
         )
 
+    def plain(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return float32 rows [R, K] times the transposed weight; nothing is quantised."""
+        raw = self._bytes()
+        return self._by_rows(
+            rows, lambda chunk: self._values(raw, chunk, torch.float32), lambda w: rows @ w.T
+        )
+
     def squares_by_part(self, x: torch.Tensor, parts: int) -> torch.Tensor:
         """Return, of float32 x [M, K] in so many parts, the sum of their products' squares."""
         raw, width = self._bytes(), x.shape[1] // parts

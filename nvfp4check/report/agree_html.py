@@ -25,6 +25,7 @@ def agree_html(document: Mapping[str, Any]) -> str:
         words.divergence_sentence(document),
         words.routing_sentence(document),
         words.bounds_sentence(document),
+        words.cache_sentence(document),
         words.split_sentence(document),
         words.versus_sentence(document),
     ]

@@ -90,6 +90,7 @@ def _findings(document: Mapping[str, Any]) -> Iterator[str]:
         words.divergence_sentence(document),
         words.routing_sentence(document),
         words.bounds_sentence(document),
+        words.cache_sentence(document),
         words.split_sentence(document),
         words.versus_sentence(document),
     )

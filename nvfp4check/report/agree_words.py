@@ -213,6 +213,17 @@ def bounds_sentence(document: Document) -> str | None:
     return f"{text}."
 
 
+def cache_sentence(document: Document) -> str | None:
+    """Say whether the candidate's cache holds codes; None where nothing is known of it."""
+    cache = (document.get("bounds") or {}).get("cache")
+    if not cache or cache["low"] > 0.5:  # a problem says so
+        return None
+    if cache["high"] < 0.5:
+        share = f"{cache['share']:.2f} ({cache['low']:.2f} to {cache['high']:.2f})"
+        return f"KV cache: FP8 as in the reference; {share} of the error that keeping values makes."
+    return "KV cache: so few tokens do not tell whether it is FP8 as in the reference."
+
+
 def routing_sentence(document: Document) -> str | None:
     """Say how many tokens went to other experts."""
     routing = document["routing"]

@@ -39,6 +39,7 @@ from nvfp4check.forward.bounds.routing import (
     router_weights,
     settled,
 )
+from nvfp4check.forward.bounds.uncached import Kept, Uncached
 from nvfp4check.forward.bounds.uncertain import Uncertain
 from nvfp4check.forward.bounds.watched import Watched
 from nvfp4ref.deepseek_v3.config import DeepseekV3Config
@@ -77,6 +78,8 @@ class LayerBounds:
         self._rows: tuple[torch.Tensor, torch.Tensor] | None = None
         self._sum: ExpertSum | None = None
         self._operands = Operands()
+        self._uncached = Uncached(config) if cache_scale is not None else None
+        self._kept: tuple[Kept, Kept] | None = None
         self._expert_input: Uncertain | None = None
         #: Point to the norm of each token's error, [A, T].
         self.bounds: dict[str, torch.Tensor] = {}
@@ -84,6 +87,8 @@ class LayerBounds:
         self.straddles = torch.zeros(len(roundings), sum(lengths), dtype=torch.int64)
         #: Whether no other choice of experts is legal, [A, T]; None in a dense layer.
         self.settled: torch.Tensor | None = None
+        #: Where an FP8 cache that keeps values errs, [A, T, D]; None without one.
+        self.uncached: torch.Tensor | None = None
 
     def begin(self, x: torch.Tensor, known: Uncertain | None = None) -> None:
         """Begin with the layer's input [T, D], and what is known of it; None: it was given."""
@@ -164,6 +169,8 @@ class LayerBounds:
         self._at[role] = passed.output
         tokens = self._tokens_of(role)
         self.straddles[:, tokens] += passed.straddles
+        if role == "o_proj" and self._uncached is not None:
+            self.uncached = self._uncached.direction(linear)
         if role == "kv_b_proj":
             self._attend(self._unfolded(passed.output, linear, source), source.value, linear)
         if role.endswith("down_proj"):
@@ -206,16 +213,20 @@ class LayerBounds:
         weight = self._plain.self_attn.kv_a_layernorm
         normed = raw.value * torch.rsqrt(raw.value.square().mean(-1, True) + config.rms_norm_eps)
         latent = norm(raw, weight, config.rms_norm_eps, normed * weight.double(), roundings)
-        self._key = self._cached(rotated(key, positions, config.rotary, roundings))
-        return replace(self._cached(latent), value=x.double())
+        self._key, kept_key = self._cached(rotated(key, positions, config.rotary, roundings))
+        found, kept = self._cached(latent)
+        self._kept = kept, kept_key
+        return replace(found, value=x.double())
 
-    def _cached(self, x: Uncertain) -> Uncertain:
-        """Return values as the cache gives them back."""
+    def _cached(self, x: Uncertain) -> tuple[Uncertain, Kept]:
+        """Return values as the cache gives them back, and what would be off if it kept them."""
         if self._cache_scale is None:
-            return x
+            return x, Kept(x.value, torch.zeros_like(x.value))
         kept = straddles.e4m3(x, self._cache_scale)
         self.straddles[:, self._tokens_of("kv_b_proj")] += kept.straddles
-        return kept.value
+        value = kept.value.value
+        off = (x.value - value).masked_fill(kept.may_flip.to(value.device), 0.0)
+        return kept.value, Kept(value, off)
 
     def _unfolded(
         self, direct: Uncertain, kv_b_proj: SquaringLinear, latent: Uncertain
@@ -249,6 +260,8 @@ class LayerBounds:
         )
         positions = torch.arange(len(q.value), device=q.value.device)
         q_rope = rotated(q_rope, positions, config.rotary, roundings)
+        if self._uncached is not None and self._kept is not None:
+            self._uncached.attended(q_nope.value, q_rope.value, *self._kept, halves)
         self._heads.append(
             attended(
                 q_nope,

@@ -80,6 +80,10 @@ class SquaringLinear(Protocol):
         """Return float32 rows [R, K] times the transposed squares of the weight, [R, N]."""
         ...
 
+    def plain(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return float32 rows [R, K] times the transposed weight; nothing is quantised."""
+        ...
+
     def squares_by_part(self, x: torch.Tensor, parts: int) -> torch.Tensor:
         """Return, of float32 x [M, K] in so many parts, the sum of their products' squares."""
         ...

@@ -65,6 +65,11 @@ class PredictorBounds:
         self.straddles = self._layer.straddles
 
     @property
+    def uncached(self) -> torch.Tensor | None:
+        """Where an FP8 cache that keeps values errs, [A, T, D]; None without one."""
+        return self._layer.uncached
+
+    @property
     def weights(self) -> MtpLayerWeights:
         """The layer's weights, watched."""
         eh_proj = Watched(self._plain.eh_proj, self._joining, "eh_proj")

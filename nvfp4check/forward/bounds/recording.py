@@ -5,6 +5,8 @@ RUN/bounds/NNN.safetensors    <prompt>/<point>/<arithmetic>: float64 [T], how fa
                               <prompt>/straddles/<arithmetic>: int32 [T], codes counted as flipped
                               <prompt>/settled/<arithmetic>: uint8 [T], 0 where another choice of
                               experts is legal; not in dense layers
+                              <prompt>/uncached/<arithmetic>: bfloat16 [T, D], in which direction
+                              attn_output errs if values are kept where an FP8 cache is meant
 
 An arithmetic is a dtype, of several ranks with their number after it, of the direct form of
 attention alone with that at the end: bfloat16/tp8/direct.
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from nvfp4check.activations import SETTLED, STRADDLES, bounds_file, write_tensors
+from nvfp4check.activations import SETTLED, STRADDLES, UNCACHED, bounds_file, write_tensors
 from nvfp4check.findings import CheckError
 from nvfp4check.forward.bounds.arithmetic import DECLARABLE, Declared, Roundings
 from nvfp4check.forward.bounds.layer import LayerBounds
@@ -65,6 +67,8 @@ def write_bounds(
     rows = {**found.bounds, STRADDLES: found.straddles.to(torch.int32)}
     if found.settled is not None:
         rows[SETTLED] = found.settled.to(torch.uint8)
+    if found.uncached is not None:
+        rows[UNCACHED] = found.uncached.to(torch.bfloat16)
     tensors = {}
     for point, values in rows.items():
         for name, of_name in zip(names, values, strict=True):

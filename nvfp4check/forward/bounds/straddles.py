@@ -83,8 +83,13 @@ class Quantised:
 
     #: The value as codes hold it, with the error of its codes.
     value: Uncertain
-    #: Codes of a row that straddle a threshold, [A, M].
-    straddles: torch.Tensor
+    #: Whose codes straddle a threshold, bool [A, M, K] on the processor.
+    may_flip: torch.Tensor
+
+    @property
+    def straddles(self) -> torch.Tensor:
+        """How many codes of a row do, [A, M]."""
+        return self.may_flip.sum(-1)
 
 
 def nvfp4(x: Uncertain, encode: torch.Tensor) -> Quantised:
@@ -123,7 +128,7 @@ def fp8(
     variance[:, DIRECTED_RANDOM] += shared * value.value.square()
     common = torch.zeros_like(x.common)
     common[:, DIRECTED_RANDOM] = shared.amax(-1)
-    return Quantised(Uncertain(value.value, variance, common), found.straddles)
+    return Quantised(Uncertain(value.value, variance, common), found.may_flip)
 
 
 def _quantised(
@@ -151,7 +156,7 @@ def _quantised(
     variance = torch.zeros_like(x.variance)
     variance[:, FRESH_BOUNDED] = bounded.to(x.value.device)
     value = torch.from_numpy(values).to(x.value.device)
-    return Quantised(Uncertain(value, variance, torch.zeros_like(x.common)), (most > 0).sum(-1))
+    return Quantised(Uncertain(value, variance, torch.zeros_like(x.common)), most > 0)
 
 
 def _scaling(means: torch.Tensor, most: torch.Tensor, group: int) -> torch.Tensor:
