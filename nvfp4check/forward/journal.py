@@ -2,7 +2,8 @@
 
 After each layer its recorded points are written, then the state that the next layer begins with,
 each file whole or not at all; the last state found is where a run continues. The state folder goes
-when the run is complete, unless layers of the model are left that a later run may add.
+when the run is complete, unless layers of the model are left that a later run may add. Layers of
+multi-token prediction may be added to a run that recorded the state after its last layer.
 """
 
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from nvfp4check.activations import (
+    HIDDEN,
     RUN_FILE,
     TOKENS_FILE,
     Run,
@@ -81,8 +83,13 @@ class Journal:
         journal = cls(run, info)
         done = begun_to(found) if found.complete else journal.done
         _check_reach(run, done, first, stop if found.complete else end)
-        if found.complete and found.layers == info.layers:
+        if found.complete and (found.layers, found.mtp) == (info.layers, info.mtp):
             journal.info = found
+        elif found.complete and info.mtp > found.mtp and not journal.done:
+            raise CheckError(
+                f"{run}: is complete and kept no state to go on from, as --activations hidden or "
+                "all does: compute it anew with --mtp into another directory"
+            )
         else:
             write_info(run, journal.info)
         return journal
@@ -96,7 +103,9 @@ class Journal:
     def done(self) -> int:
         """How many layers lie behind the last state."""
         states = (state.stem for state in (self.run / STATE_FOLDER).glob("*.safetensors"))
-        return max((int(name) + 1 for name in states if name.isdecimal()), default=0)
+        kept = max((int(name) + 1 for name in states if name.isdecimal()), default=0)
+        last = begun_to(self.info)
+        return kept or (last if self._recorded(last - 1) else 0)
 
     def load_state(self, device: torch.device) -> torch.Tensor:
         """Return the hidden state after the last layer that was done, [T, D].
@@ -104,6 +113,11 @@ class Journal:
         Raises:
             CheckError: It cannot be read.
         """
+        if not self._state(self.done - 1).is_file():
+            run, layer = Run(self.run, self.info), self.done - 1
+            return torch.cat([run.point(layer, prompt, HIDDEN) for prompt in run.prompts]).to(
+                device
+            )
         with opened(self._state(self.done - 1)) as tensors:
             state: torch.Tensor = tensors.get_tensor(_STATE)
         return state.to(device)
@@ -122,6 +136,11 @@ class Journal:
         write_info(self.run, self.info)
         if whole_model:
             shutil.rmtree(self.run / STATE_FOLDER, ignore_errors=True)
+
+    def _recorded(self, layer: int) -> bool:
+        """Tell whether the state after a layer is among its points, which are written first."""
+        run = Run(self.run, self.info)
+        return run.layer_file(layer).is_file() and HIDDEN in run.points(layer)
 
     def _state(self, layer: int) -> Path:
         return self.run / STATE_FOLDER / f"{layer:03d}.safetensors"
@@ -151,9 +170,14 @@ def _difference(name: str, then: Any, now: Any) -> str:
 
 
 def _check_same(run: Run, asked: RunInfo, tokens: Mapping[str, torch.Tensor]) -> None:
-    """Refuse to continue a run that was made differently; all differences are named."""
+    """Refuse to continue a run that was made differently; all differences are named.
+
+    Multi-token prediction may be added to a run without it.
+    """
     found = run.info
     before, now = found.to_json(), asked.to_json()
+    if not found.mtp:
+        before["mtp"] = now["mtp"]
     differ = [
         _difference(name, before.get(name), now[name])
         for name in now

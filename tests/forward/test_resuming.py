@@ -8,13 +8,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from nvfp4check.activations import Run
 from nvfp4check.findings import CheckError
+from nvfp4check.forward.journal import Journal
 from nvfp4check.forward.options import (
     Activations,
     Arithmetic,
@@ -226,3 +229,68 @@ def test_a_complete_run_is_not_made_shorter(
     shorter = ForwardOptions(layers=LayerRange(0, 2), resume=True)
     with pytest.raises(CheckError, match="has layers 0 to 4 already"):
         run_forward(tiny / "bf16", prompts, tmp_path / "run", shorter)
+
+
+@pytest.mark.parametrize(
+    ("kept", "layers", "added"),
+    [
+        (Activations.ALL, LayerRange(), 1),
+        (Activations.HIDDEN, LayerRange(), 1),
+        (Activations.NONE, LayerRange(0, 3), 3),
+    ],
+)
+def test_mtp_is_added_to_a_run_that_was_made_without_it(
+    kept: Activations,
+    layers: LayerRange,
+    added: int,
+    tiny: Path,
+    prompts: list[Prompt],
+    bytes_of: Callable[[Path], dict[str, str]],
+    tmp_path: Path,
+) -> None:
+    asked, out = ForwardOptions(activations=kept, mtp=True), tmp_path / "later"
+    run_forward(tiny / "bf16", prompts, tmp_path / "whole", asked)
+
+    run_forward(tiny / "bf16", prompts, out, replace(asked, mtp=False, layers=layers))
+    assert not (out / "mtp").exists()
+    later = run_forward(tiny / "bf16", prompts, out, replace(asked, resume=True))
+
+    assert later.layers == added
+    assert bytes_of(out) == bytes_of(tmp_path / "whole")
+    assert run_forward(tiny / "bf16", prompts, out, replace(asked, resume=True)).layers == 0
+
+
+def test_an_addition_of_mtp_that_was_killed_goes_on(
+    tiny: Path,
+    prompts: list[Prompt],
+    bytes_of: Callable[[Path], dict[str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with_mtp = ForwardOptions(activations=Activations.HIDDEN, mtp=True)
+    run_forward(tiny / "bf16", prompts, tmp_path / "whole", with_mtp)
+    out, again = tmp_path / "later", replace(with_mtp, resume=True)
+    run_forward(tiny / "bf16", prompts, out, replace(with_mtp, mtp=False))
+
+    def die(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "layer_done", die)
+        with pytest.raises(KeyboardInterrupt):
+            run_forward(tiny / "bf16", prompts, out, again)
+    assert not Run.open(out, incomplete=True).info.complete
+
+    assert run_forward(tiny / "bf16", prompts, out, again).layers == 1
+    assert bytes_of(out) == bytes_of(tmp_path / "whole")
+
+
+def test_mtp_is_not_added_where_no_state_was_kept(
+    tiny: Path, prompts: list[Prompt], bytes_of: Callable[[Path], dict[str, str]], tmp_path: Path
+) -> None:
+    run_forward(tiny / "bf16", prompts, tmp_path / "run")
+    before = bytes_of(tmp_path / "run")
+
+    with pytest.raises(CheckError, match="kept no state to go on from, as --activations hidden"):
+        run_forward(tiny / "bf16", prompts, tmp_path / "run", ForwardOptions(mtp=True, resume=True))
+    assert bytes_of(tmp_path / "run") == before
