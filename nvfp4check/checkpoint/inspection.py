@@ -347,7 +347,8 @@ def _first_rows(
     """Decode the first rows; none where a part that it takes is not there."""
     import torch
 
-    from nvfp4ref import fp8_block, nvfp4
+    from nvfp4check.checkpoint.audit.sources import why_not_fp8
+    from nvfp4ref import fp8, fp8_block, nvfp4
 
     def part(name: Part) -> torch.Tensor | None:
         entry = weight.parts.get(name)
@@ -368,6 +369,11 @@ def _first_rows(
         if codes is None or inverse is None or tuple(inverse.shape) != tiles:
             return ()
         decoded = fp8_block.dequantize(codes[:_ROWS], inverse[:1])
+    elif weight.format is WeightFormat.FP8 and plain is None:
+        scales = part(Part.SCALE)
+        if codes is None or scales is None or why_not_fp8(weight) is not None:
+            return ()
+        decoded = fp8.dequantize(codes[:_ROWS], scales if scales.numel() == 1 else scales[:_ROWS])
     elif plain is not None and plain.is_floating_point() and plain.numel():
         decoded = plain.reshape(-1, plain.shape[-1] if plain.ndim else 1)
     else:

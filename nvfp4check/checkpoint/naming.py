@@ -5,16 +5,19 @@
     compressed-tensors  weight_packed + weight_scale + weight_global_scale + input_global_scale;
                         its global scales are encode scales: reciprocals of ModelOpt's
     DeepSeek FP8        weight (F8_E4M3) + weight_scale_inv, which multiplies in spite of its name
+    FP8 of the others   weight (F8_E4M3) + weight_scale, whose shape says for what each scale is:
+                        the tensor, a row, or a tile of 128 x 128, which is DeepSeek's form
     plain               weight (BF16, F16, F32)
 
 Codes hold two elements a byte, so K is twice their last dimension.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from nvfp4check.checkpoint.header import TensorEntry
+from nvfp4ref.formats import FP8_BLOCK
 
 
 class WeightFormat(StrEnum):
@@ -162,6 +165,7 @@ def _weights_of(module: str, leaves: dict[str, TensorEntry]) -> Iterable[Logical
                 entry.name, module, WeightFormat.KV_SCALE, Layout.MODELOPT, {part: entry}, ()
             )
         return
+    _find_tiles(parts)
     layout = _layout(leaves, parts)
     form = _format(leaves, parts)
     # Parts in one order, whatever the order in the shards.
@@ -188,10 +192,24 @@ def _part(leaf: str, entry: TensorEntry) -> Part:
     return _PARTS[leaf]
 
 
+def _find_tiles(parts: dict[Part, TensorEntry]) -> None:
+    """Take an FP8 weight's scales for those of its tiles where their shape says so.
+
+    ModelOpt's shape, [N/128, 1, K/128, 1], becomes [N/128, K/128]: the same bytes.
+    """
+    codes, scale = parts.get(Part.CODES), parts.get(Part.SCALE)
+    if codes is None or scale is None or codes.dtype not in _FP8_DTYPES or len(codes.shape) != 2:
+        return
+    sides = zip(codes.shape, FP8_BLOCK.block_shape, strict=True)
+    down, across = (-(-size // side) for size, side in sides)
+    if Part.SCALE_INV not in parts and scale.shape in ((down, across), (down, 1, across, 1)):
+        parts[Part.SCALE_INV] = replace(parts.pop(Part.SCALE), shape=(down, across))
+
+
 def _layout(leaves: Mapping[str, TensorEntry], parts: Mapping[Part, TensorEntry]) -> Layout:
     if not _COMPRESSED_TENSORS_LEAVES.isdisjoint(leaves):
         return Layout.COMPRESSED_TENSORS
-    if Part.SCALE_INV in parts:
+    if "weight_scale_inv" in leaves:
         return Layout.DEEPSEEK_FP8
     if Part.PLAIN in parts and len(parts) == 1:
         return Layout.PLAIN

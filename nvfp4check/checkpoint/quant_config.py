@@ -14,12 +14,18 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from nvfp4check.checkpoint.excludes import PatternSet
+from nvfp4check.checkpoint.fields import Fields
 
 #: Algorithm names this module gives to schemes that carry none.
 NVFP4 = "NVFP4"
 NVFP4_WEIGHT_ONLY = "W4A16_NVFP4"
 FP8 = "FP8"
 FP8_BLOCK = "FP8_BLOCK"
+#: ModelOpt's FP8 with one scale for each row, and scales by token made at run time.
+FP8_BY_ROW = "FP8_PER_CHANNEL_PER_TOKEN"
+#: ModelOpt's names of FP8_BLOCK, some written in small letters. Engines make the input's scales at
+#: run time, as for DeepSeek's.
+_MODELOPT_FP8_BLOCK = ("FP8_PB_WO", "FP8_PB_REAL", "FP8_BLOCK_SCALES")
 MIXED = "MIXED_PRECISION"
 
 HF_QUANT_CONFIG = "hf_quant_config.json"
@@ -39,6 +45,9 @@ class QuantGroup:
     static_input_scale: bool
     #: What one scale of the activations is for: tensor, token, group …; None where nothing is said.
     activation_strategy: str | None = None
+    #: The same of the weights, and the rows and columns of a block.
+    weight_strategy: str | None = None
+    block: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,64 +137,14 @@ class QuantConfig:
             group = self.group_of(module)
             return group is not None and group.static_input_scale
         algo = self.algo_of(module)
-        if algo is not None and "A16" in algo:
+        if algo is not None and ("A16" in algo or algo in (FP8_BLOCK, FP8_BY_ROW)):
             return False
         return self.static_input_scale
 
 
-class _Reader:
-    """Typed access to untrusted fields; what has the wrong type is noted and counts as absent."""
-
-    def __init__(self, file: str, where: str, fields: Mapping[str, object]) -> None:
-        self.file = file
-        self.where = where
-        self.fields = fields
-        self.problems: list[str] = []
-
-    def bad(self, key: str, expected: str) -> None:
-        found = repr(self.fields[key])
-        found = found if len(found) <= 60 else found[:57] + "..."
-        self.problems.append(f"{self.file}: {self.where}{key} is {found}, expected {expected}")
-
-    def text(self, key: str) -> str | None:
-        value = self.fields.get(key)
-        if value is not None and not isinstance(value, str):
-            self.bad(key, "a string")
-            return None
-        return value
-
-    def size(self, key: str) -> int | None:
-        value = self.fields.get(key)
-        if value is not None and not (type(value) is int and value > 0):
-            self.bad(key, "a positive whole number")
-            return None
-        return value
-
-    def object(self, key: str) -> dict[str, object] | None:
-        value = self.fields.get(key)
-        if value is not None and not isinstance(value, dict):
-            self.bad(key, "an object")
-            return None
-        return value
-
-    def texts(self, key: str) -> tuple[str, ...] | None:
-        value = self.fields.get(key)
-        if value is None:
-            return None
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            self.bad(key, "a list of strings")
-            return None
-        return tuple(value)
-
-    def below(self, key: str) -> "_Reader":
-        below = _Reader(self.file, f"{self.where}{key}.", self.object(key) or {})
-        below.problems = self.problems
-        return below
-
-
 def from_hf_quant_config(document: Mapping[str, object]) -> QuantConfig:
     """Read ModelOpt's hf_quant_config.json."""
-    reader = _Reader(HF_QUANT_CONFIG, "", document)
+    reader = Fields(HF_QUANT_CONFIG, "", document)
     return _modelopt(reader.below("producer"), reader.below("quantization"), "exclude_modules")
 
 
@@ -196,7 +155,7 @@ def from_config(config: Mapping[str, object]) -> QuantConfig:
         text_config = config.get("text_config")
         if isinstance(text_config, dict):
             place, where = text_config, "text_config."
-    top = _Reader(CONFIG, where, place)
+    top = Fields(CONFIG, where, place)
     if not top.object("quantization_config"):
         return QuantConfig(problems=tuple(top.problems))
     reader = top.below("quantization_config")
@@ -227,8 +186,8 @@ def effective(hf: QuantConfig | None, config: QuantConfig | None) -> QuantConfig
     return QuantConfig(problems=(hf.problems if hf else ()) + (config.problems if config else ()))
 
 
-def _modelopt(producer: _Reader, fields: _Reader, exclude_key: str) -> QuantConfig:
-    algo = fields.text("quant_algo")
+def _modelopt(producer: Fields, fields: Fields, exclude_key: str) -> QuantConfig:
+    algo = modelopt_algo(fields.text("quant_algo"))
     exclude = fields.texts(exclude_key)
     if exclude is None and exclude_key != "exclude_modules":
         exclude = fields.texts("exclude_modules")
@@ -261,13 +220,18 @@ def _modelopt(producer: _Reader, fields: _Reader, exclude_key: str) -> QuantConf
     )
 
 
+def modelopt_algo(name: str | None) -> str | None:
+    """Name an algorithm that ModelOpt declares as this module does."""
+    return FP8_BLOCK if name is not None and name.upper() in _MODELOPT_FP8_BLOCK else name
+
+
 def _activations(algo: str | None) -> bool | None:
     if algo is None or algo == MIXED:
         return None
     return "A16" not in algo
 
 
-def _kv_algo(fields: _Reader) -> str | None:
+def _kv_algo(fields: Fields) -> str | None:
     if "kv_cache_quant_algo" in fields.fields:
         return fields.text("kv_cache_quant_algo")
     scheme = fields.fields.get("kv_cache_scheme")
@@ -278,7 +242,7 @@ def _kv_algo(fields: _Reader) -> str | None:
     return None
 
 
-def _quantized_layers(fields: _Reader) -> dict[str, str] | None:
+def _quantized_layers(fields: Fields) -> dict[str, str] | None:
     layers = fields.object("quantized_layers")
     if layers is None:
         return None
@@ -286,7 +250,7 @@ def _quantized_layers(fields: _Reader) -> dict[str, str] | None:
     for name, scheme in layers.items():
         algo = scheme.get("quant_algo") if isinstance(scheme, dict) else None
         if isinstance(algo, str):
-            result[name] = algo
+            result[name] = modelopt_algo(algo) or algo
         else:
             fields.problems.append(
                 f"{fields.file}: {fields.where}quantized_layers[{name!r}] has no quant_algo"
@@ -294,7 +258,7 @@ def _quantized_layers(fields: _Reader) -> dict[str, str] | None:
     return result
 
 
-def _modelopt_groups(fields: _Reader) -> tuple[QuantGroup, ...]:
+def _modelopt_groups(fields: Fields) -> tuple[QuantGroup, ...]:
     groups = []
     for name in fields.object("config_groups") or {}:
         group = fields.below("config_groups").below(name)
@@ -314,7 +278,7 @@ def _modelopt_groups(fields: _Reader) -> tuple[QuantGroup, ...]:
     return tuple(groups)
 
 
-def _compressed_tensors(fields: _Reader) -> QuantConfig:
+def _compressed_tensors(fields: Fields) -> QuantConfig:
     default_format = fields.text("format")
     groups = []
     for name in fields.object("config_groups") or {}:
@@ -323,6 +287,7 @@ def _compressed_tensors(fields: _Reader) -> QuantConfig:
     algos = {group.algo for group in groups}
     activations = {group.quantizes_activations for group in groups}
     sizes = {group.group_size for group in groups if "NVFP4" in group.algo}
+    blocks = {group.block for group in groups if group.algo == FP8_BLOCK}
     return QuantConfig(
         producer="compressed-tensors",
         producer_name="compressed-tensors",
@@ -334,21 +299,27 @@ def _compressed_tensors(fields: _Reader) -> QuantConfig:
         groups=tuple(groups),
         quantizes_activations=activations.pop() if len(activations) == 1 else None,
         static_input_scale=any(group.static_input_scale for group in groups),
+        weight_block_size=blocks.pop() if len(blocks) == 1 else None,
         source_files=(fields.file,),
         # Arguments are evaluated in order: every field above has been read.
         problems=tuple(dict.fromkeys(fields.problems)),
     )
 
 
-def _compressed_tensors_group(group: _Reader, default_format: str | None) -> QuantGroup:
+def _compressed_tensors_group(group: Fields, default_format: str | None) -> QuantGroup:
     weights, inputs = group.below("weights"), group.object("input_activations")
     form = group.text("format") or default_format
     dynamic, strategy = ((inputs or {}).get(key) for key in ("dynamic", "strategy"))
+    weight_strategy = weights.text("strategy")
     algo = form or "unknown"
     if form == "nvfp4-pack-quantized":
         algo = NVFP4 if inputs is not None else NVFP4_WEIGHT_ONLY
-    elif form in ("float-quantized", "naive-quantized") and weights.size("num_bits") == 8:
-        algo = FP8_BLOCK if weights.text("strategy") == "block" else FP8
+    elif (
+        form in ("float-quantized", "naive-quantized", "mixed-precision")
+        and weights.text("type") == "float"
+        and weights.size("num_bits") == 8
+    ):
+        algo = FP8_BLOCK if weight_strategy == "block" else FP8
     return QuantGroup(
         algo=algo,
         targets=group.texts("targets") or (),
@@ -357,16 +328,13 @@ def _compressed_tensors_group(group: _Reader, default_format: str | None) -> Qua
         # "local": block scales at run time under a stored global scale.
         static_input_scale=inputs is not None and dynamic is not True,
         activation_strategy=strategy if isinstance(strategy, str) else None,
+        weight_strategy=weight_strategy,
+        block=weights.block("block_structure"),
     )
 
 
-def _deepseek_fp8(fields: _Reader) -> QuantConfig:
-    block = fields.fields.get("weight_block_size")
-    size: tuple[int, int] | None = None
-    if isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block):
-        size = (block[0], block[1])
-    elif block is not None:
-        fields.bad("weight_block_size", "two positive whole numbers")
+def _deepseek_fp8(fields: Fields) -> QuantConfig:
+    size = fields.block("weight_block_size")
     return QuantConfig(
         producer="deepseek-fp8",
         producer_name="deepseek",

@@ -8,20 +8,26 @@ For a weight of [N, K]:
                compressed-tensors  weight_packed, weight_scale, weight_global_scale [1],
                                    input_global_scale [1]
     FP8 block  DeepSeek            weight E4M3 [N, K], weight_scale_inv F32 [N/128, K/128]
-               compressed-tensors  weight, weight_scale
-    FP8        both                weight E4M3 [N, K], weight_scale [] or by row, input_scale []
+               compressed-tensors  weight, weight_scale [N/128, K/128]
+               ModelOpt            weight, weight_scale [N/128, 1, K/128, 1]
+    FP8        both                weight E4M3 [N, K], weight_scale [], input_scale [] where it is
+                                   not made at run time
+    by row     compressed-tensors  weight, weight_scale [N, 1], input_scale as above
+               ModelOpt            weight, weight_scale [N]
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nvfp4check.checkpoint.header import DTYPE_BITS
-from nvfp4check.checkpoint.quant_config import FP8, FP8_BLOCK, QuantConfig
+from nvfp4check.checkpoint.quant_config import FP8, FP8_BLOCK, FP8_BY_ROW, QuantConfig
 from nvfp4ref.formats import FP8_BLOCK as FP8_BLOCK_FORMAT
 from nvfp4ref.formats import NVFP4 as NVFP4_FORMAT
 
 #: Engines read a scalar scale in either; ModelOpt has written some in bfloat16.
 _SCALAR = ("F32", "BF16")
+#: compressed-tensors writes scales in the dtype of the model.
+_FLOATS = ("F32", "BF16", "F16")
 
 
 class UnknownAlgorithmError(ValueError):
@@ -37,6 +43,8 @@ class ExpectedTensor:
     dtypes: tuple[str, ...]
     shape: tuple[int, ...]
     optional: bool = False
+    #: Another shape that engines read alike.
+    other_shape: tuple[int, ...] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -49,7 +57,9 @@ class ExpectedTensor:
     def accepts_shape(self, shape: tuple[int, ...]) -> bool:
         """Whether a stored shape is the expected one; one element may be [] or [1]."""
         scalars: tuple[tuple[int, ...], ...] = ((), (1,))
-        return shape == self.shape or (shape in scalars and self.shape in scalars)
+        return shape in (self.shape, self.other_shape) or (
+            shape in scalars and self.shape in scalars
+        )
 
 
 def stored_linear(
@@ -67,7 +77,7 @@ def stored_linear(
         yield from _nvfp4(module, shape, quantization, plain)
     elif algo == FP8_BLOCK:
         yield from _fp8_block(module, shape, quantization)
-    elif algo == FP8:
+    elif algo in (FP8, FP8_BY_ROW):
         yield from _fp8(module, shape, quantization)
     else:
         raise UnknownAlgorithmError(f"no map of stored tensors for algorithm {algo!r} ({module})")
@@ -103,8 +113,11 @@ def _fp8_block(
     height, width = quantization.weight_block_size or FP8_BLOCK_FORMAT.block_shape
     scales = (-(-rows // height), -(-columns // width))
     yield ExpectedTensor(f"{module}.weight", ("F8_E4M3",), shape)
+    in_four = (scales[0], 1, scales[1], 1)
     if quantization.producer == "compressed-tensors":
-        yield ExpectedTensor(f"{module}.weight_scale", ("F32", "BF16"), scales)
+        yield ExpectedTensor(f"{module}.weight_scale", _FLOATS, scales)
+    elif quantization.producer == "modelopt":
+        yield ExpectedTensor(f"{module}.weight_scale", _FLOATS, in_four, other_shape=scales)
     else:
         yield ExpectedTensor(f"{module}.weight_scale_inv", ("F32",), scales)
 
@@ -113,6 +126,14 @@ def _fp8(
     module: str, shape: tuple[int, int], quantization: QuantConfig
 ) -> Iterator[ExpectedTensor]:
     yield ExpectedTensor(f"{module}.weight", ("F8_E4M3",), shape)
-    yield ExpectedTensor(f"{module}.weight_scale", _SCALAR, ())
+    scale = f"{module}.weight_scale"
+    rows = shape[0]
+    group = quantization.group_of(module)
+    if quantization.algo_of(module) == FP8_BY_ROW:
+        yield ExpectedTensor(scale, _FLOATS, (rows,), other_shape=(rows, 1))
+    elif group is not None and group.weight_strategy == "channel":
+        yield ExpectedTensor(scale, _FLOATS, (rows, 1), other_shape=(rows,))
+    else:
+        yield ExpectedTensor(scale, _SCALAR, ())
     if quantization.stores_input_scale(module):
         yield ExpectedTensor(f"{module}.input_scale", _SCALAR, ())

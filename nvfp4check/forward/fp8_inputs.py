@@ -10,13 +10,11 @@ of a batch: depends on the batch, and is refused
 
 from nvfp4check.checkpoint.naming import LogicalWeight, Part, WeightFormat
 from nvfp4check.checkpoint.opening import Checkpoint
-from nvfp4check.checkpoint.quant_config import QuantConfig
+from nvfp4check.checkpoint.quant_config import FP8_BY_ROW, QuantConfig
 from nvfp4check.findings import CheckError
 from nvfp4check.forward.inventory import needed
 from nvfp4ref.deepseek_v3.config import DeepseekV3Config
 from nvfp4ref.fp8 import Fp8Activations
-
-_PER_TOKEN_ALGO = "FP8_PER_CHANNEL_PER_TOKEN"
 
 
 def fp8_activations(weight: LogicalWeight, quantization: QuantConfig) -> Fp8Activations:
@@ -28,7 +26,7 @@ def fp8_activations(weight: LogicalWeight, quantization: QuantConfig) -> Fp8Acti
     if Part.INPUT_SCALE in weight.parts:
         return Fp8Activations.STATIC
     algo, group = quantization.algo_of(weight.module), quantization.group_of(weight.module)
-    if algo == _PER_TOKEN_ALGO:
+    if algo == FP8_BY_ROW:
         return Fp8Activations.PER_TOKEN
     if quantization.producer == "compressed-tensors" and group is not None:
         if not group.quantizes_activations:

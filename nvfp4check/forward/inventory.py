@@ -163,7 +163,9 @@ def _check_weight(weight: LogicalWeight, shape: tuple[int, ...]) -> None:
     if weight.format is WeightFormat.FP8_BLOCK:
         rows, columns = shape
         _check_part(weight, Part.CODES, "F8_E4M3", shape)
-        _check_part(weight, Part.SCALE_INV, "F32", scale_shape(rows, columns))
+        scale = _part(weight, Part.SCALE_INV)
+        dtype = scale.dtype if scale.dtype in ("BF16", "F16") else "F32"
+        _check_part(weight, Part.SCALE_INV, dtype, scale_shape(rows, columns))
     if weight.format is WeightFormat.FP8:
         _check_part(weight, Part.CODES, "F8_E4M3", shape)
         scale = _part(weight, Part.SCALE)

@@ -9,7 +9,8 @@ Contract:
     smoothed     the norm before it was multiplied by factors, and the copy's columns were divided
                  by them: each element within the roundings of that (`smoothing`)
     converted    the base is bfloat16, the copy FP8 128 x 128: it means what the base does when
-                 taken through FP8
+                 taken through FP8. FP8 by rows, under one scale, or with scales of 16 bits:
+                 `converted`
     different    none of these; elements that differ from the one that fits best are counted
 """
 
@@ -19,15 +20,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from nvfp4check.checkpoint.audit.converted import audit_converted
 from nvfp4check.checkpoint.audit.results import Copied, CopyAudit, Way
 from nvfp4check.checkpoint.audit.smoothing import Smoothing
 from nvfp4check.checkpoint.audit.sources import (
+    FP8_FORMATS,
     PLAIN_DTYPES,
     Array,
     Reader,
     Source,
     matrix_shape,
     row_pieces,
+    scale_of,
     why_no_source,
 )
 from nvfp4check.checkpoint.header import TensorEntry
@@ -56,6 +60,10 @@ def audit_copy(
             found = _same_values(reader, weight, Source(base_reader, base, way), base, how)
         if not found.different:
             return found
+        if best is None or found.different < best.different:
+            best = found
+    if weight.format in FP8_FORMATS and (best is None or _scaled_otherwise(weight, base)):
+        found = audit_converted(reader, weight, Source(base_reader, base), base)
         if best is None or found.different < best.different:
             best = found
     assert best is not None
@@ -96,13 +104,23 @@ def _ways(weight: LogicalWeight, base: LogicalWeight) -> Iterator[tuple[Copied, 
         if weight.format is WeightFormat.BF16 and len(weight.shape) == 2:
             yield Copied.BY_FP8, Way.FP8
             yield Copied.BY_FP8, Way.FP8_UE8M0
-    elif weight.format is WeightFormat.FP8_BLOCK:
-        yield Copied.CONVERTED, Way.FP8
-        yield Copied.CONVERTED, Way.FP8_UE8M0
-    elif base.format is WeightFormat.FP8_BLOCK:
+    elif weight.format in FP8_FORMATS:
+        tiled = weight.format is WeightFormat.FP8_BLOCK and base.format is WeightFormat.BF16
+        if tiled and scale_of(weight).dtype == "F32":
+            yield Copied.CONVERTED, Way.FP8
+            yield Copied.CONVERTED, Way.FP8_UE8M0
+    elif base.format in FP8_FORMATS:
         yield Copied.DEQUANTIZED, Way.DIRECT
     else:
         yield Copied.CAST, Way.DIRECT
+
+
+def _scaled_otherwise(weight: LogicalWeight, base: LogicalWeight) -> bool:
+    """Whether both are FP8 whose scales are stored in other dtypes, or for other elements."""
+    if base.format not in FP8_FORMATS or why_no_source(weight) or why_no_source(base):
+        return False
+    mine, theirs = scale_of(weight), scale_of(base)
+    return (mine.dtype, mine.numel) != (theirs.dtype, theirs.numel)
 
 
 def _audited(

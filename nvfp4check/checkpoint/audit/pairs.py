@@ -4,7 +4,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from nvfp4check.checkpoint.audit.smoothing import Smoothing, Smoothings
-from nvfp4check.checkpoint.audit.sources import PLAIN_DTYPES, why_no_source
+from nvfp4check.checkpoint.audit.sources import (
+    FP8_FORMATS,
+    PLAIN_DTYPES,
+    why_no_source,
+    why_not_fp8,
+)
 from nvfp4check.checkpoint.naming import LogicalWeight, Part, WeightFormat
 from nvfp4check.checkpoint.opening import Checkpoint
 from nvfp4check.checkpoint.scan import why_not_scannable
@@ -97,8 +102,8 @@ def _why_not(checkpoint: Checkpoint, weight: LogicalWeight, base: LogicalWeight)
             or _why_no_global_scale(checkpoint, weight)
             or why_no_source(base)
         )
-    if weight.format is WeightFormat.FP8_BLOCK and base.format is WeightFormat.BF16:
-        return why_no_source(weight) or why_no_source(base)
+    if weight.format in FP8_FORMATS:
+        return why_not_fp8(weight) or why_no_source(base)
     if weight.format in PLAIN_DTYPES and Part.PLAIN in weight.parts:
         return why_no_source(base)
     return f"it is stored as {weight.format}, and the base as {base.format}"

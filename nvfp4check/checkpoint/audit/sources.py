@@ -26,6 +26,7 @@ from nvfp4check.checkpoint.naming import LogicalWeight, Part, WeightFormat
 from nvfp4check.checkpoint.opening import Checkpoint
 from nvfp4check.checkpoint.scan import with_new_maps
 from nvfp4check.dequantize import dequantize_fp8_block
+from nvfp4ref import fp8
 from nvfp4ref.formats import FP8_BLOCK
 from nvfp4ref.fp8_block import scale_shape
 
@@ -44,6 +45,10 @@ PLAIN_DTYPES = {
     WeightFormat.F16: torch.float16,
     WeightFormat.F32: torch.float32,
 }
+#: Forms with an element of E4M3 a byte; they differ in what a scale is for.
+FP8_FORMATS = (WeightFormat.FP8_BLOCK, WeightFormat.FP8)
+#: What scales of FP8 may be stored in.
+SCALE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 #: numpy's words for the stored elements of each.
 _WORDS = {torch.bfloat16: np.uint16, torch.float16: np.float16, torch.float32: np.uint32}
 
@@ -88,16 +93,30 @@ def why_no_source(weight: LogicalWeight) -> str | None:
     """Say why a base weight's values cannot be read, or None when they can."""
     if weight.format in PLAIN_DTYPES and Part.PLAIN in weight.parts:
         return None
-    if weight.format is not WeightFormat.FP8_BLOCK:
+    if weight.format not in FP8_FORMATS or Part.PLAIN in weight.parts:
         return f"the base stores it as {weight.format}"
-    scale = weight.parts.get(Part.SCALE_INV)
-    if Part.CODES not in weight.parts or scale is None:
-        return "the base has no scale for it"
-    if weight.parts[Part.CODES].dtype != "F8_E4M3" or scale.dtype != "F32":
-        return f"the base stores it as {weight.parts[Part.CODES].dtype} with {scale.dtype} scales"
-    if len(weight.shape) != 2 or tuple(scale.shape) != scale_shape(*weight.shape):
-        return f"the base's scales have shape {list(scale.shape)}"
-    return None
+    why = why_not_fp8(weight)
+    return None if why is None else f"in the base {why}"
+
+
+def why_not_fp8(weight: LogicalWeight) -> str | None:
+    """Say why an FP8 weight's values cannot be read, or None when they can."""
+    tiled = weight.format is WeightFormat.FP8_BLOCK
+    codes = weight.parts.get(Part.CODES)
+    scale = weight.parts.get(Part.SCALE_INV if tiled else Part.SCALE)
+    if codes is None or scale is None:
+        return "it has no codes or no scale"
+    if codes.dtype != "F8_E4M3" or scale.dtype not in SCALE_DTYPES or len(weight.shape) != 2:
+        return f"it is {codes.dtype} {list(weight.shape)} under {scale.dtype} scales"
+    rows = weight.shape[0]
+    shapes = (scale_shape(*weight.shape),) if tiled else ((), (1,), (rows,), (rows, 1))
+    return None if scale.shape in shapes else f"its scales have shape {list(scale.shape)}"
+
+
+def scale_of(weight: LogicalWeight) -> TensorEntry:
+    """Give the stored scales of an FP8 weight that has them."""
+    tiled = weight.format is WeightFormat.FP8_BLOCK
+    return weight.parts[Part.SCALE_INV if tiled else Part.SCALE]
 
 
 class Source:
@@ -124,7 +143,7 @@ class Source:
         self._reader = reader
         self._weight = weight
         self.rows, self.columns = matrix_shape(weight)
-        self.is_fp8 = weight.format is WeightFormat.FP8_BLOCK
+        self.is_fp8 = weight.format in FP8_FORMATS
         self.stored_dtype = torch.bfloat16 if self.is_fp8 else PLAIN_DTYPES[weight.format]
         self.dtype = self.stored_dtype if factors is None else torch.float32
         self._inverse = None if factors is None else torch.from_numpy(1 / factors).float()
@@ -185,19 +204,35 @@ class Source:
         height = FP8_BLOCK.block_shape[0]
         if start % height:
             raise ValueError(f"rows from {start} on do not begin a block")
-        codes, scale = self._weight.parts[Part.CODES], self._weight.parts[Part.SCALE_INV]
+        codes, scale = self._weight.parts[Part.CODES], scale_of(self._weight)
         elements = self._reader.rows(codes, start, stop, self.columns)
+        if self._weight.format is WeightFormat.FP8:
+            place = (0, 1) if scale.numel == 1 else (start, stop)
+            scales = read_scales(self._reader, scale, *place)
+            return fp8.dequantize(_tensor(elements).view(torch.float8_e4m3fn), scales, dtype)
         down = -(-stop // height)
-        scales = self._reader.rows(scale, start // height, down, 4 * scale.shape[1])
+        scales = read_scales(self._reader, scale, start // height, down)
         room = self._room
         if room is None or room.shape[0] < stop - start or room.dtype != dtype:
             room = self._room = torch.empty(stop - start, self.columns, dtype=dtype)
         return dequantize_fp8_block(
             _tensor(elements).view(torch.float8_e4m3fn),
-            _tensor(scales).view(torch.float32),
+            scales,
             dtype,
             out=room[: stop - start],
         )
+
+
+def read_scales(reader: Reader, entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
+    """Give rows of FP8's scales as float32, in which those of 16 bits are exact.
+
+    Raises:
+        StorageError: They cannot be read.
+    """
+    columns = entry.numel // max(1, entry.shape[0] if entry.shape else 1)
+    size = SCALE_DTYPES[entry.dtype].itemsize
+    raw = _tensor(reader.rows(entry, start, stop, columns * size))
+    return raw.view(SCALE_DTYPES[entry.dtype]).to(torch.float32)
 
 
 def frozen(array: Array) -> Array:

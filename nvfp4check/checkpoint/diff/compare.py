@@ -7,7 +7,7 @@ twice.
 import math
 from dataclasses import dataclass
 
-from nvfp4check.checkpoint.audit.sources import Reader
+from nvfp4check.checkpoint.audit.sources import FP8_FORMATS, Reader
 from nvfp4check.checkpoint.diff.classes import WeightClass
 from nvfp4check.checkpoint.diff.diagnosis import diagnose
 from nvfp4check.checkpoint.diff.diagnosis_scales import systematic_factor
@@ -115,7 +115,7 @@ def _class(a: Stored, b: Stored, found: Measured) -> WeightClass:
         return WeightClass.FORMAT_CHANGED
     if a.operand.format is WeightFormat.NVFP4 and found.changed_codes == 0:
         return WeightClass.SCALES_ONLY
-    if a.operand.format is WeightFormat.FP8_BLOCK and found.changed_codes == 0:
+    if a.operand.format in FP8_FORMATS and found.changed_codes == 0:
         return WeightClass.SCALES_ONLY
     if found.beyond == 0 and found.not_finite == [0, 0]:
         return WeightClass.REQUANTIZED

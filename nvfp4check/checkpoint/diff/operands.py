@@ -2,9 +2,10 @@
 
 Contract:
     values     float64 and exact: code * block scale * global scale, element * scale of its
-               128 x 128 block, or the number as stored. Under a reciprocal global scale the one
-               rounding of the division; a quotient that differs from a number of another format
-               differs by more (their product has at most 52 bits), so that equal means equal
+               128 x 128 block, its row or all, or the number as stored. Under a reciprocal
+               global scale the one rounding of the division; a quotient that differs from a
+               number of another format differs by more (their product has at most 52 bits), so
+               that equal means equal
     half gaps  `nvfp4check.checkpoint.bounds`, with the producers' own roundings granted
 """
 
@@ -16,13 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from nvfp4check.checkpoint import bounds
-from nvfp4check.checkpoint.audit.sources import Reader
+from nvfp4check.checkpoint.audit.sources import FP8_FORMATS, Reader, read_scales, why_not_fp8
 from nvfp4check.checkpoint.header import DTYPE_BITS, TensorEntry
 from nvfp4check.checkpoint.naming import LogicalWeight, Part, WeightFormat
 from nvfp4check.checkpoint.scan import why_not_scannable
 from nvfp4check.checkpoint.storage import StorageError
 from nvfp4ref.formats import BLOCK_SIZE, FP8_BLOCK
-from nvfp4ref.fp8_block import scale_shape
 
 Array = npt.NDArray[Any]
 
@@ -98,15 +98,10 @@ class Operand:
             if Part.GLOBAL_SCALE not in weight.parts:
                 return "it has no global scale"
             return why_not_scannable(weight)
-        if weight.format is WeightFormat.FP8_BLOCK:
-            scale, codes = weight.parts.get(Part.SCALE_INV), weight.parts.get(Part.CODES)
-            if codes is None or scale is None:
-                return "it has no codes or no scale"
-            if codes.dtype != "F8_E4M3" or scale.dtype != "F32" or len(weight.shape) != 2:
-                return f"it is {codes.dtype} {list(weight.shape)} under {scale.dtype} scales"
-            if tuple(scale.shape) != scale_shape(*weight.shape):
-                return f"its scales have shape {list(scale.shape)}"
-            return None if self.first_row % FP8_BLOCK.block_shape[0] == 0 else "it cuts a block"
+        if weight.format in FP8_FORMATS and Part.PLAIN not in weight.parts:
+            tiled = weight.format is WeightFormat.FP8_BLOCK
+            cut = tiled and self.first_row % FP8_BLOCK.block_shape[0] != 0
+            return why_not_fp8(weight) or ("it cuts a block" if cut else None)
         if self.plain is not None:
             return None
         return f"it is stored as {weight.format}"
@@ -188,7 +183,7 @@ class Values:
                 raw = stored.scalar(Part.GLOBAL_SCALE)
                 self._values = units / raw if reciprocal and raw else units * scale
                 self._gaps = bounds.nvfp4_half_gaps(scale)
-        elif form is WeightFormat.FP8_BLOCK:
+        elif form in FP8_FORMATS:
             self._values = bounds.e4m3_values()
             self._gaps = bounds.E4M3_HALF_GAPS
 
@@ -201,9 +196,13 @@ class Values:
             place = np.repeat(stored.scales(start, stop).astype(np.int32) * 16, BLOCK_SIZE, axis=1)
             place += codes
             return self._values.reshape(-1)[place], self._gaps.reshape(-1)[place]
-        if form is WeightFormat.FP8_BLOCK:
+        if form in FP8_FORMATS:
             bytes_ = stored.codes(start, stop)
-            spread = self._spread(start, stop)
+            spread = (
+                self._tiles(start, stop)
+                if form is WeightFormat.FP8_BLOCK
+                else self._of_rows(start, stop)
+            )
             return self._values[bytes_] * spread, self._gaps[bytes_] * np.abs(spread)
         _, values = stored.numbers(start, stop)
         entry = stored.operand.plain
@@ -211,16 +210,23 @@ class Values:
             raise ValueError(f"{stored.operand.weight.name}: not stored as numbers")
         return values, bounds.plain_half_gaps(values, entry.dtype)
 
-    def _spread(self, start: int, stop: int) -> Array:
+    def _tiles(self, start: int, stop: int) -> Array:
+        """Give the scale of each element [rows, K]."""
         entry = self.stored.operand.weight.parts[Part.SCALE_INV]
         height, width = FP8_BLOCK.block_shape
         first = self.stored.operand.first_row
         top, bottom = (first + start) // height, -(-(first + stop) // height)
-        raw = self.stored.reader.rows(entry, top, bottom, 4 * entry.shape[1])
-        scales = np.frombuffer(raw.tobytes(), np.float32).reshape(bottom - top, -1)
+        scales = read_scales(self.stored.reader, entry, top, bottom).double().numpy()
         rows = (first + np.arange(start, stop)) // height - top
         columns = np.arange(self.stored.operand.columns) // width
-        return scales.astype(np.float64)[rows][:, columns]
+        return np.asarray(scales[rows][:, columns])
+
+    def _of_rows(self, start: int, stop: int) -> Array:
+        """Give the scale of each row [rows, 1], or of all [1, 1]."""
+        entry = self.stored.operand.weight.parts[Part.SCALE]
+        first = self.stored.operand.first_row
+        place = (0, 1) if entry.numel == 1 else (first + start, first + stop)
+        return read_scales(self.stored.reader, entry, *place).double().numpy().reshape(-1, 1)
 
 
 def within(one: Array, two: Array, gaps: Array) -> bool:

@@ -25,7 +25,7 @@ import torch
 
 from nvfp4check.checkpoint import bounds
 from nvfp4check.checkpoint.audit.results import Way
-from nvfp4check.checkpoint.audit.sources import Source, row_pieces
+from nvfp4check.checkpoint.audit.sources import FP8_FORMATS, Source, row_pieces
 from nvfp4check.checkpoint.diff.measured import Measured
 from nvfp4check.checkpoint.diff.operands import Stored, Values, within
 from nvfp4check.checkpoint.naming import WeightFormat
@@ -41,6 +41,7 @@ _MIDDLES = (_NUMBERS[:-1] + _NUMBERS[1:]) / 2
 _MAX = E4M3.max
 #: Half a unit of bfloat16 over the number, at most: that of a power of two.
 _BFLOAT16 = 2.0**-8
+_BY_BFLOAT16 = "within rounding of one original, to bfloat16 on the way to one side"
 #: Rows that are looked at before all.
 _FIRST_ROWS = 4
 #: Mantissa bits that float32 has and bfloat16 has not.
@@ -56,8 +57,11 @@ def explain_by_roundings(a: Stored, b: Stored, found: Measured) -> str | None:
     Raises:
         StorageError: Bytes cannot be read.
     """
-    if WeightFormat.FP8_BLOCK in (a.operand.format, b.operand.format) or any(found.not_finite):
+    if any(found.not_finite):
         return None
+    if a.operand.format in FP8_FORMATS or b.operand.format in FP8_FORMATS:
+        # compressed-tensors divides by the scale in the dtype of the model, then rounds to FP8.
+        return _BY_BFLOAT16 if _within_bfloat16(Values(a), Values(b)) else None
     both_nvfp4 = a.operand.format is b.operand.format is WeightFormat.NVFP4
     for this, that, name in ((a, b, "b"), (b, a, "a")):
         is_bf16 = this.operand.format is WeightFormat.BF16 and this.operand.is_whole
@@ -71,7 +75,7 @@ def explain_by_roundings(a: Stored, b: Stored, found: Measured) -> str | None:
         return None  # two plain weights: any small change would be within half a gap of FP8
     sides = Values(a), Values(b)
     if _within_bfloat16(*sides):
-        return "within rounding of one original, to bfloat16 on the way to one side"
+        return _BY_BFLOAT16
     for name, direct, through in (("b", *sides), ("a", *sides[::-1])):
         if _explained(direct, through):
             return (

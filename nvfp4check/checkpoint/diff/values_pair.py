@@ -12,10 +12,10 @@ from collections.abc import Callable
 import numpy as np
 
 from nvfp4check.checkpoint import bounds
+from nvfp4check.checkpoint.audit.sources import FP8_FORMATS
 from nvfp4check.checkpoint.diff.measured import Array, Measured, add_histogram, by_powers
 from nvfp4check.checkpoint.diff.operands import Stored, Values
 from nvfp4check.checkpoint.diff.results import Worst
-from nvfp4check.checkpoint.naming import WeightFormat
 from nvfp4check.checkpoint.scan_packed import jit
 
 #: Elements compared at a time.
@@ -112,7 +112,7 @@ def _ordinals_of(a: Stored, b: Stored) -> Callable[[Stored, int, int], Array] | 
     """Choose how elements are put in order, or None where the sides have different dtypes."""
     if a.operand.format is not b.operand.format:
         return None
-    if a.operand.format is WeightFormat.FP8_BLOCK:
+    if a.operand.format in FP8_FORMATS:
         return _fp8_ordinals
     if a.operand.plain is None or b.operand.plain is None:
         return None

@@ -1,4 +1,4 @@
-"""NV801: the scales of DeepSeek's FP8 128 x 128, of the checkpoint or of its base."""
+"""NV801: the scales of FP8 weights, of the checkpoint or of its base: by tile, row or tensor."""
 
 import math
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ import numpy.typing as npt
 from nvfp4check.checkpoint.header import TensorEntry
 from nvfp4check.checkpoint.naming import LogicalWeight, Part, WeightFormat
 from nvfp4check.checkpoint.opening import Checkpoint
+from nvfp4check.checkpoint.quant_config import FP8_BLOCK as FP8_BLOCK_ALGO
 from nvfp4check.checkpoint.rules.base import (
     Problem,
     Rule,
@@ -27,7 +28,7 @@ DEEPSEEK_FP8 = "deepseek-fp8"
 _UE8M0 = "ue8m0"
 _FP8 = (WeightFormat.FP8, WeightFormat.FP8_BLOCK)
 _MANTISSA = np.uint32(0x7FFFFF)
-_SCALE_DTYPES = ("F32", "BF16", "F8_E8M0")
+_SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 
 
 @rule(
@@ -35,11 +36,11 @@ _SCALE_DTYPES = ("F32", "BF16", "F8_E8M0")
     "fp8-scale",
     Severity.ERROR,
     fires_when="a weight in DeepSeek's FP8, of the checkpoint or of --base, lacks its "
-    "weight_scale_inv, or that has the wrong shape, is zero, negative or not finite, or is no "
-    "power of two though scale_fmt says ue8m0",
-    why="The scale multiplies its 128 x 128 block, whatever its name says. Engines that take ue8m0 "
-    "at its word keep the exponent and drop the mantissa: the block comes out up to two times off. "
-    "A base with such scales makes every conversion of it wrong.",
+    "weight_scale_inv, or the scales of an FP8 weight have the wrong shape, are zero, negative or "
+    "not finite, or are no powers of two though scale_fmt says ue8m0",
+    why="The scale multiplies its 128 x 128 block, row or tensor, whatever its name says. Engines "
+    "that take ue8m0 at its word keep the exponent and drop the mantissa: the block comes out up "
+    "to two times off. A base with such scales makes every conversion of it wrong.",
     repair="Fetch the tensor again from the published model. Where scales are no powers of two, "
     "take `scale_fmt` out of quantization_config, or requantise with scales rounded up.",
     incidents=(
@@ -63,11 +64,15 @@ def _scales(context: RuleContext, checkpoint: Checkpoint, where: str) -> Iterato
     for weight in checkpoint.weights.values():
         if weight.format not in _FP8 or Part.CODES not in weight.parts or len(weight.shape) != 2:
             continue
-        scale = weight.parts.get(Part.SCALE_INV)
-        if scale is None:
+        tiles, scale = weight.parts.get(Part.SCALE_INV), weight.parts.get(Part.SCALE)
+        if tiles is None and declared.algo_of(weight.module) == FP8_BLOCK_ALGO:
+            tiles = scale
+        if tiles is None and scale is not None:
+            yield from _of_rows(context, checkpoint, weight, scale, where)
+            continue
+        if tiles is None:
             name = f"{weight.module}.weight_scale_inv"
-            unscaled = ours and Part.SCALE not in weight.parts
-            if not unscaled or absence.explained(name) or declared.excludes(weight.module):
+            if not ours or absence.explained(name) or declared.excludes(weight.module):
                 continue
             if absence.uncertain:
                 context.skip("NV801 fp8-scale, missing scales", absence.why)
@@ -79,27 +84,50 @@ def _scales(context: RuleContext, checkpoint: Checkpoint, where: str) -> Iterato
             )
             continue
         expected = tuple(-(-n // side) for n, side in zip(weight.shape, block, strict=True))
-        if scale.shape != expected:
+        if tiles.shape != expected:
             yield at(
-                scale,
-                f"{where}shape {list(scale.shape)}, expected {list(expected)}: one for each block "
+                tiles,
+                f"{where}shape {list(tiles.shape)}, expected {list(expected)}: one for each block "
                 f"of {block[0]} x {block[1]} of a weight of {list(weight.shape)}",
-                observed=[*scale.shape],
+                observed=[*tiles.shape],
                 expected=[*expected],
             )
-        elif context.level is RuleLevel.BYTES and scale.dtype in _SCALE_DTYPES:
-            yield from _values(context, checkpoint, weight, scale, where)
+        else:
+            yield from _read(context, checkpoint, weight, tiles, where)
 
 
-def _values(
+def _of_rows(
+    context: RuleContext,
+    checkpoint: Checkpoint,
+    weight: LogicalWeight,
+    scale: TensorEntry,
+    where: str,
+) -> Iterator[Problem]:
+    """Check one scale, or one for each row."""
+    rows = weight.shape[0]
+    if scale.shape in ((), (1,), (rows,), (rows, 1)):
+        yield from _read(context, checkpoint, weight, scale, where)
+        return
+    yield at(
+        scale,
+        f"{where}shape {list(scale.shape)}, expected one scale, or one for each of the {rows:,} "
+        f"rows of a weight of {list(weight.shape)}",
+        observed=[*scale.shape],
+        expected=[rows, 1],
+    )
+
+
+def _read(
     context: RuleContext,
     checkpoint: Checkpoint,
     weight: LogicalWeight,
     entry: TensorEntry,
     where: str,
 ) -> Iterator[Problem]:
+    if context.level is not RuleLevel.BYTES or entry.dtype not in _SCALE_DTYPES:
+        return
     try:
-        values = _floats(checkpoint.tensor_bytes(entry), entry)
+        values = _floats(checkpoint, entry)
     except StorageError as error:
         context.skip(f"NV801 fp8-scale, {where}{printable(weight.name)}", printable(str(error)))
         return
@@ -119,8 +147,13 @@ def _values(
             yield _problem(entry, bad, values, f"{where}{{}} {what}", expected)
 
 
-def _floats(data: npt.NDArray[np.uint8], entry: TensorEntry) -> npt.NDArray[np.float32]:
+def _floats(checkpoint: Checkpoint, entry: TensorEntry) -> npt.NDArray[np.float32]:
     """Read scales as float32: exact but for 2**-127 of E8M0, which becomes 2**-126."""
+    if entry.numel == 1 and entry.dtype != "F8_E8M0":
+        return np.array([checkpoint.scalar(entry)], np.float32)
+    data = checkpoint.tensor_bytes(entry)
+    if entry.dtype == "F16":
+        return np.frombuffer(data.tobytes(), "<f2").astype(np.float32)
     if entry.dtype == "F32":
         return np.frombuffer(data.tobytes(), "<f4")
     if entry.dtype == "BF16":
@@ -139,9 +172,9 @@ def _problem(
     expected: str,
 ) -> Problem:
     first, count = int(bad.argmax()), int(bad.sum())
-    row, column = divmod(first, entry.shape[1])
+    place = [int(index) for index in np.unravel_index(first, entry.shape or (1,))]
     value = float(values[first])
-    who = f"{count:,} of {counted(values.size, 'scale')}, the first at [{row}, {column}],"
+    who = f"{count:,} of {counted(values.size, 'scale')}, the first at {place},"
     return Problem(
         message.format(f"{who} {'is' if count == 1 else 'are'}"),
         tensor=entry.name,

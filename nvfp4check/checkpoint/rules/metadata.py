@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 from nvfp4check.checkpoint.excludes import ModuleTable, PatternSet, Reading
 from nvfp4check.checkpoint.opening import Checkpoint
-from nvfp4check.checkpoint.quant_config import CONFIG, HF_QUANT_CONFIG, QuantConfig
+from nvfp4check.checkpoint.quant_config import CONFIG, HF_QUANT_CONFIG, QuantConfig, modelopt_algo
 from nvfp4check.checkpoint.rules.base import Problem, Rule, RuleContext, counted, printable, rule
 from nvfp4check.checkpoint.rules.shared import nvfp4_weights, quantization_document
 from nvfp4check.findings import JsonValue, Severity
@@ -133,7 +133,7 @@ def quant_config_contradicts(context: RuleContext) -> Iterator[Problem]:
         return
     algo = document.get("quant_algo")
     fields: list[tuple[str, JsonValue, JsonValue]] = [
-        ("quant_algo", algo if isinstance(algo, str) else config.algo, hf.algo),
+        ("quant_algo", modelopt_algo(algo) if isinstance(algo, str) else config.algo, hf.algo),
         ("kv_cache_quant_algo", config.kv_cache_algo, hf.kv_cache_algo),
     ]
     if config.group_size is not None and hf.group_size is not None:
