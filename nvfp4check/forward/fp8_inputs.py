@@ -42,6 +42,24 @@ def fp8_activations(weight: LogicalWeight, quantization: QuantConfig) -> Fp8Acti
     )
 
 
+def quantizes_tile_inputs(weight: LogicalWeight, quantization: QuantConfig) -> bool:
+    """Whether the input of FP8 in tiles is quantised, by groups of 128 of each token.
+
+    Raises:
+        CheckError: In another way than by such groups, at run time.
+    """
+    group = quantization.group_of(weight.module)
+    if quantization.producer != "compressed-tensors" or group is None:
+        return True
+    by_groups = group.activation_strategy == "group" and not group.static_input_scale
+    if group.quantizes_activations and not by_groups:
+        raise CheckError(
+            f"{weight.name}: FP8 in tiles, activations by {group.activation_strategy}; what is "
+            "computed is scales by groups made at run time, so give --mode weight-only"
+        )
+    return group.quantizes_activations is True
+
+
 def check_fp8_inputs(checkpoint: Checkpoint, config: DeepseekV3Config, layers: range) -> None:
     """Refuse a checkpoint with FP8 inputs that are not computed.
 
@@ -51,3 +69,5 @@ def check_fp8_inputs(checkpoint: Checkpoint, config: DeepseekV3Config, layers: r
     for name in needed(config, layers):
         if checkpoint.weights[name].format is WeightFormat.FP8:
             fp8_activations(checkpoint.weights[name], checkpoint.quantization)
+        if checkpoint.weights[name].format is WeightFormat.FP8_BLOCK:
+            quantizes_tile_inputs(checkpoint.weights[name], checkpoint.quantization)

@@ -17,7 +17,7 @@ from nvfp4check.dequantize import dequantize_fp8_block, dequantize_nvfp4
 from nvfp4check.findings import CheckError
 from nvfp4check.forward.bounds.linear import Input, InputForm
 from nvfp4check.forward.exact import FEW_ROWS, engine_operand, product_of_few
-from nvfp4check.forward.fp8_inputs import fp8_activations
+from nvfp4check.forward.fp8_inputs import fp8_activations, quantizes_tile_inputs
 from nvfp4check.forward.meter import Meter
 from nvfp4check.forward.reading import RawParts, ReadAhead, as_stored
 from nvfp4ref import e4m3, fp8, fp8_block, matmul, nvfp4
@@ -79,7 +79,7 @@ class StreamedLinear:
             x = x * self._tensor(raw, Part.PRE_QUANT_SCALE).to(x.dtype)
         if stored and self._weight.format is WeightFormat.NVFP4 and Part.INPUT_SCALE in raw:
             return self._nvfp4_product(x, raw)
-        if stored and self._weight.format is WeightFormat.FP8_BLOCK:
+        if stored and self._tile_inputs():
             return self._fp8_block_product(x, raw)
         if stored and self._weight.format is WeightFormat.FP8:
             activations = fp8_activations(self._weight, self._settings.quantization)
@@ -113,7 +113,7 @@ class StreamedLinear:
         smooth = self._tensor(raw, Part.PRE_QUANT_SCALE) if Part.PRE_QUANT_SCALE in raw else None
         if stored and format is WeightFormat.NVFP4 and Part.INPUT_SCALE in raw:
             return Input(InputForm.NVFP4, self._input_scales(raw)[1], smooth)
-        if stored and format is WeightFormat.FP8_BLOCK:
+        if stored and self._tile_inputs():
             power_of_two = self._settings.power_of_two_scales
             return Input(InputForm.FP8_POWER_OF_TWO if power_of_two else InputForm.FP8)
         if stored and format is WeightFormat.FP8:
@@ -154,6 +154,10 @@ class StreamedLinear:
             return total
 
         return self._by_rows(x, lambda rows: self._values(raw, rows, torch.float32), product)
+
+    def _tile_inputs(self) -> bool:
+        tiled = self._weight.format is WeightFormat.FP8_BLOCK
+        return tiled and quantizes_tile_inputs(self._weight, self._settings.quantization)
 
     def _bytes(self) -> RawParts:
         raw = self._raw if self._raw is not None else self._reader.take(self._weight)

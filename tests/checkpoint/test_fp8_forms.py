@@ -19,8 +19,11 @@ from nvfp4check.checkpoint.naming import Part, WeightFormat
 from nvfp4check.checkpoint.opening import open_checkpoint
 from nvfp4check.checkpoint.rules.base import RuleLevel
 from nvfp4check.checkpoint.validation import ValidationOptions, ValidationResult, validate
+from nvfp4check.findings import CheckError
+from nvfp4check.forward.options import ForwardOptions
 from nvfp4check.forward.streaming import run_forward
 from nvfp4check.tokens import Prompt
+from nvfp4ref.deepseek_v3.linear import LinearMode
 
 MODULE = "model.layers.2.self_attn.q_b_proj"
 LINEARS = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
@@ -229,3 +232,16 @@ def test_deepseeks_fp8_under_other_names_is_the_same_model(
     prompts = [Prompt(id="x", tokens=(0, 41, 574))]
     theirs = run_forward(golden.fp8, prompts, tmp_path / "theirs").run.logits("x")
     assert torch.equal(run_forward(clone.path, prompts, tmp_path / "ours").run.logits("x"), theirs)
+
+    with clone.edit_json("config.json") as config:
+        config["quantization_config"]["config_groups"]["group_0"]["input_activations"] = None
+    ours = run_forward(clone.path, prompts, tmp_path / "weights").run.logits("x")
+    only = ForwardOptions(mode=LinearMode.WEIGHT_ONLY)
+    theirs = run_forward(golden.fp8, prompts, tmp_path / "theirs-weights", only).run.logits("x")
+    assert torch.equal(ours, theirs)
+
+    inputs = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
+    with clone.edit_json("config.json") as config:
+        config["quantization_config"]["config_groups"]["group_0"]["input_activations"] = inputs
+    with pytest.raises(CheckError, match=r"FP8 in tiles, activations by token; .*--mode weight"):
+        run_forward(clone.path, prompts, tmp_path / "refused")
