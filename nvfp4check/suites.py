@@ -28,6 +28,7 @@ from nvfp4check.properties.law import (
     PropertyOutcome,
     Setting,
     Verdict,
+    context_lost,
 )
 from nvfp4check.tolerance import Facts
 
@@ -47,6 +48,13 @@ __all__ = [
     "UnsupportedError",
     "UnswizzleSuite",
 ]
+
+
+#: What a test says that could not be asked: CUDA gives some errors again on every later call.
+_UNUSABLE = (
+    "not asked: an earlier test left the GPU in error for this process; see the first that failed, "
+    "and run this one alone"
+)
 
 
 class KernelSuite:
@@ -90,13 +98,16 @@ test_name.__test__ = False  # type: ignore[attr-defined]
 def _test(law: Property) -> Callable[[KernelSuite, pytest.FixtureRequest], None]:
     def test(self: KernelSuite, request: pytest.FixtureRequest) -> None:
         setting = setting_of(self, request.config)
+        if context_lost(setting.device):
+            pytest.fail(_UNUSABLE, pytrace=False)
         outcome = law.run(self.kernel, setting)
         if outcome.verdict is Verdict.SKIP:
             pytest.skip(outcome.message)
         if outcome.verdict is Verdict.FAIL:
             from nvfp4check.faults.diagnosis import with_diagnosis
 
-            outcome = with_diagnosis(outcome, self.kernel, setting)
+            if not context_lost(setting.device):
+                outcome = with_diagnosis(outcome, self.kernel, setting)
             pytest.fail(report(outcome, setting), pytrace=False)
 
     test.__name__ = test_name(law)

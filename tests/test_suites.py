@@ -13,6 +13,29 @@ GOOD = """
             return swizzle(block_scales)
 """
 
+DEADLY = """
+    import os
+    from nvfp4check.suites import SwizzleSuite
+    from nvfp4ref.layout import swizzle
+
+    class TestMine(SwizzleSuite):
+        def kernel(self, block_scales):
+            if block_scales.shape[0] == 129:
+                os._exit(5)
+            return swizzle(block_scales)
+"""
+
+LOST = """
+    from nvfp4check import suites
+    from nvfp4ref.layout import swizzle
+
+    suites.context_lost = lambda device: True
+
+    class TestMine(suites.SwizzleSuite):
+        def kernel(self, block_scales):
+            return swizzle(block_scales)
+"""
+
 WRONG = """
     import torch
     from nvfp4check.suites import QuantizeSuite
@@ -55,6 +78,29 @@ def test_a_failure_prints_one_block_in_hex_and_both_codes(pytester: pytest.Pytes
             "(seed 0, device cpu, convention modelopt)",
         ]
     )
+
+
+def test_under_xdist_a_kernel_that_ends_its_process_fails_the_test_under_way(
+    pytester: pytest.Pytester,
+) -> None:
+    pytester.makepyfile(test_mine=DEADLY)
+
+    result = run(pytester, "-n", "1", "-k", "every_shape or round_trips")
+
+    assert result.parseoutcomes()["failed"] == 1
+    assert result.parseoutcomes()["passed"] >= 1
+    result.stdout.fnmatch_lines(["*crashed while running*TestMine::test_every_shape*"])
+
+
+def test_after_an_error_that_the_gpu_keeps_a_test_says_that_it_was_not_asked(
+    pytester: pytest.Pytester,
+) -> None:
+    pytester.makepyfile(test_mine=LOST)
+
+    result = run(pytester, "-k", "every_shape")
+
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["not asked: an earlier test left the GPU in error*"])
 
 
 def test_suites_run_under_xdist(pytester: pytest.Pytester) -> None:
