@@ -305,7 +305,8 @@ def to_device(value: Any, device: str) -> Any:
 
 def context_lost(device: str) -> bool:
     """Tell whether a kernel has left a GPU in error: CUDA gives it again on every later call."""
-    if torch.device(device).type != "cuda" or not torch.cuda.is_initialized():
+    begun = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    if torch.device(device).type != "cuda" or not begun:
         return False
     try:
         torch.cuda.synchronize(device)
