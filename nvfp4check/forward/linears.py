@@ -31,6 +31,12 @@ from nvfp4ref.deepseek_v3.norm import arithmetic
 from nvfp4ref.formats import FP8_BLOCK
 from nvfp4ref.fp8 import Fp8Activations
 
+_OF_FP8 = {
+    Fp8Activations.NONE: InputForm.PLAIN,
+    Fp8Activations.STATIC: InputForm.FP8_STATIC,
+    Fp8Activations.PER_TOKEN: InputForm.FP8_PER_TOKEN,
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearSettings:
@@ -74,17 +80,15 @@ class StreamedLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return x [M, K] times the transposed weight, [M, N] in the dtype of x."""
         raw = self._bytes()
-        stored = self._settings.mode is LinearMode.STORED
         if Part.PRE_QUANT_SCALE in raw:
             x = x * self._tensor(raw, Part.PRE_QUANT_SCALE).to(x.dtype)
-        if stored and self._weight.format is WeightFormat.NVFP4 and Part.INPUT_SCALE in raw:
-            return self._nvfp4_product(x, raw)
-        if stored and self._tile_inputs():
-            return self._fp8_block_product(x, raw)
-        if stored and self._weight.format is WeightFormat.FP8:
-            activations = fp8_activations(self._weight, self._settings.quantization)
-            if activations is not Fp8Activations.NONE:
-                return self._fp8_product(x, raw, activations)
+        match self._form(raw):
+            case InputForm.NVFP4:
+                return self._nvfp4_product(x, raw)
+            case InputForm.FP8 | InputForm.FP8_POWER_OF_TWO:
+                return self._fp8_block_product(x, raw)
+            case InputForm.FP8_STATIC | InputForm.FP8_PER_TOKEN as form:
+                return self._fp8_product(x, raw, form)
         a = x.to(arithmetic(x.dtype))
         product = self._by_rows(
             a, lambda rows: self._values(raw, rows, x.dtype).to(a.dtype), lambda w: a @ w.T
@@ -108,22 +112,15 @@ class StreamedLinear:
 
     def input(self) -> Input:
         """Return how the input is taken."""
-        raw, format = self._bytes(), self._weight.format
-        stored = self._settings.mode is LinearMode.STORED
+        raw = self._bytes()
+        form = self._form(raw)
+        scaled = form in (InputForm.NVFP4, InputForm.FP8_STATIC)
         smooth = self._tensor(raw, Part.PRE_QUANT_SCALE) if Part.PRE_QUANT_SCALE in raw else None
-        if stored and format is WeightFormat.NVFP4 and Part.INPUT_SCALE in raw:
-            return Input(InputForm.NVFP4, self._input_scales(raw)[1], smooth)
-        if stored and self._tile_inputs():
-            power_of_two = self._settings.power_of_two_scales
-            return Input(InputForm.FP8_POWER_OF_TWO if power_of_two else InputForm.FP8)
-        if stored and format is WeightFormat.FP8:
-            activations = fp8_activations(self._weight, self._settings.quantization)
-            if activations is Fp8Activations.STATIC:
-                return Input(InputForm.FP8_STATIC, self._input_scales(raw)[1])
-            if activations is Fp8Activations.PER_TOKEN:
-                return Input(InputForm.FP8_PER_TOKEN)
         return Input(
-            InputForm.PLAIN, pre_quant_scale=smooth, weight_rounds=format is not WeightFormat.BF16
+            form,
+            encode=self._input_scales(raw)[1] if scaled else None,
+            pre_quant_scale=smooth,
+            weight_rounds=form is InputForm.PLAIN and self._weight.format is not WeightFormat.BF16,
         )
 
     def squares(self, rows: torch.Tensor) -> torch.Tensor:
@@ -155,9 +152,20 @@ class StreamedLinear:
 
         return self._by_rows(x, lambda rows: self._values(raw, rows, torch.float32), product)
 
-    def _tile_inputs(self) -> bool:
-        tiled = self._weight.format is WeightFormat.FP8_BLOCK
-        return tiled and quantizes_tile_inputs(self._weight, self._settings.quantization)
+    def _form(self, raw: RawParts) -> InputForm:
+        """Return what is made of the input."""
+        if self._settings.mode is not LinearMode.STORED:
+            return InputForm.PLAIN
+        quantization = self._settings.quantization
+        match self._weight.format:
+            case WeightFormat.NVFP4 if Part.INPUT_SCALE in raw:
+                return InputForm.NVFP4
+            case WeightFormat.FP8_BLOCK if quantizes_tile_inputs(self._weight, quantization):
+                power_of_two = self._settings.power_of_two_scales
+                return InputForm.FP8_POWER_OF_TWO if power_of_two else InputForm.FP8
+            case WeightFormat.FP8:
+                return _OF_FP8[fp8_activations(self._weight, quantization)]
+        return InputForm.PLAIN
 
     def _bytes(self) -> RawParts:
         raw = self._raw if self._raw is not None else self._reader.take(self._weight)
@@ -221,11 +229,9 @@ class StreamedLinear:
             raise CheckError(f"{name}: {float(decode)}, expected a positive number; run validate")
         return decode, encode
 
-    def _fp8_product(
-        self, x: torch.Tensor, raw: RawParts, activations: Fp8Activations
-    ) -> torch.Tensor:
+    def _fp8_product(self, x: torch.Tensor, raw: RawParts, form: InputForm) -> torch.Tensor:
         with self._meter.timing("quantize"):
-            if activations is Fp8Activations.PER_TOKEN:
+            if form is InputForm.FP8_PER_TOKEN:
                 a, a_scales = fp8.quantize_per_token(x)
             else:
                 a_scales = self._input_scales(raw)[0]

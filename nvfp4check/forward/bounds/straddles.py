@@ -45,7 +45,7 @@ from nvfp4check.forward.bounds.arithmetic import (
     FRESH_BOUNDED,
 )
 from nvfp4check.forward.bounds.uncertain import Uncertain, deviation, split_last
-from nvfp4check.forward.exact import _e2m1, _e4m3
+from nvfp4check.forward.exact import _e2m1, _e4m3, _over
 from nvfp4ref import ties
 from nvfp4ref.conventions import Convention
 from nvfp4ref.deepseek_v3.linear import FP8_ACTIVATION_AMAX_FLOOR
@@ -148,15 +148,29 @@ def _quantised(
     most = torch.zeros_like(means)
     for i in range(len(reach)):
         spread = torch.stack((own[i], together[i], reach[i])).cpu().contiguous().numpy()
-        kernel(
-            source, spread, parameter, _EDGES, _SHELLS, values, means[i].numpy(), most[i].numpy()
-        )
+        out = values, means[i].numpy(), most[i].numpy()
+        _run(kernel, parameter, source, spread, out)
     squares = most.square()
     bounded = means * _scaling(means, squares, group).unsqueeze(-1)
     variance = torch.zeros_like(x.variance)
     variance[:, FRESH_BOUNDED] = bounded.to(x.value.device)
     value = torch.from_numpy(values).to(x.value.device)
     return Quantised(Uncertain(value, variance, torch.zeros_like(x.common)), most > 0)
+
+
+def _run(
+    kernel: Any,
+    parameter: Any,
+    source: np.ndarray[Any, Any],
+    spread: np.ndarray[Any, Any],
+    out: tuple[np.ndarray[Any, Any], ...],
+) -> None:
+    """Run a kernel over all rows, in threads where there is enough to do."""
+
+    def work(n: slice) -> None:
+        kernel(source[n], spread[:, n], parameter, _EDGES, _SHELLS, *(each[n] for each in out))
+
+    _over(work, len(source), len(_EDGES) * source.size)
 
 
 def _scaling(means: torch.Tensor, most: torch.Tensor, group: int) -> torch.Tensor:
