@@ -7,7 +7,8 @@ Contract of the verdict:
     KL          known from below only (from a server's best tokens) can exceed a limit, but not be
                 shown to keep it: what would pass is undecided
     judged      the limits on KL and top-1 where given; else the layers, against derived bounds
-                where their inputs are golden and the noise floor where there is one; else only
+                where their inputs are golden and the noise floor where there is one, and logits
+                against the latter; else only
                 whether the two runs are equal bit for bit
 """
 
@@ -25,6 +26,8 @@ from nvfp4check.agreement.criteria import Judge as Judge
 from nvfp4check.agreement.divergence import Divergence, HeldPoint, first_divergence, hold
 from nvfp4check.agreement.integrity import Integrity, Problem, check_runs
 from nvfp4check.agreement.layers import PointAgreement, compare_layers
+from nvfp4check.agreement.logits_floor import hold_logits
+from nvfp4check.agreement.outliers import Kept
 from nvfp4check.agreement.positions import Positions, compare_positions
 from nvfp4check.agreement.predicting import compare_predictors
 from nvfp4check.agreement.routing import LayerRouting, compare_routing
@@ -76,6 +79,8 @@ class AgreeResult:
     divergence: Divergence | None
     positions: Positions | None
     logits: Summary | None
+    #: What came of holding the logits against those of the noise runs; None where it cannot be.
+    logits_held: HeldPoint | None
     #: Of each noise run that has logits.
     noise_logits: tuple[Summary, ...]
     split: KlSplit | None
@@ -117,7 +122,13 @@ def agree(reference: Run, candidate: Run, options: AgreeOptions | None = None) -
         _require_same_checkpoint("--noise", run, "the reference", reference)
     if options.forced is not None:
         _require_same_checkpoint("--forced", options.forced, "the candidate", candidate)
-    held, routing, bounds, divergence = _layers(reference, candidate, prompts, integrity, options)
+    runs = (candidate, *options.noise)
+    routings = [list(compare_routing(reference, run, prompts, integrity.skip)) for run in runs]
+    kept = [Kept.of(reference, routing) for routing in routings]
+    held, bounds, divergence = _layers(
+        reference, candidate, prompts, integrity, options, routings, kept
+    )
+    routing = routings[0]
     integrity.problems.extend(bounds.problems)
     positions = compare_positions(reference, candidate, prompts, options.head)
     if positions is not None:
@@ -128,10 +139,13 @@ def agree(reference: Run, candidate: Run, options: AgreeOptions | None = None) -
             "common; record some with `nvfp4check forward --activations all --logits full`"
         )
     logits = summarize(positions.metrics, options.seed) if positions else None
-    noise = tuple(
-        summarize(found.metrics, options.seed)
-        for run in options.noise
-        if (found := compare_positions(reference, run, prompts, options.head)) is not None
+    floors = [compare_positions(reference, run, prompts, options.head) for run in options.noise]
+    noise = tuple(summarize(found.metrics, options.seed) for found in floors if found is not None)
+    metrics = [found.metrics for found in (positions, *floors) if found is not None]
+    logits_held = (
+        hold_logits(runs, metrics, kept, options.alpha, options.seed)
+        if len(metrics) == len(runs)
+        else None
     )
     return AgreeResult(
         reference=reference,
@@ -146,10 +160,13 @@ def agree(reference: Run, candidate: Run, options: AgreeOptions | None = None) -
         divergence=divergence,
         positions=positions,
         logits=logits,
+        logits_held=logits_held,
         noise_logits=noise,
         split=_split(reference, prompts, positions, options),
         versus=_versus(reference, prompts, positions, options),
-        criteria=tuple(criteria_of(held, routing, bounds, divergence, logits, positions, options)),
+        criteria=tuple(
+            criteria_of(held, routing, bounds, divergence, logits, positions, options, logits_held)
+        ),
     )
 
 
@@ -233,7 +250,9 @@ def _layers(
     prompts: tuple[str, ...],
     integrity: Integrity,
     options: AgreeOptions,
-) -> tuple[list[HeldPoint], list[LayerRouting], Bounds, Divergence | None]:
+    routings: Sequence[Sequence[LayerRouting]],
+    kept: Sequence[Kept],
+) -> tuple[list[HeldPoint], Bounds, Divergence | None]:
     def points_of(run: Run, problems: list[Problem]) -> list[PointAgreement]:
         found = compare_layers(reference, run, prompts, integrity.skip)
         own = [point for point in found if point.errors]
@@ -243,12 +262,9 @@ def _layers(
     noise = [{point.key: point for point in points_of(run, [])} for run in options.noise]
     bounds = hold_bounds(reference, candidate, prompts, points, options.bounds)
     units = _units(points, reference, candidate)
-    held = hold(points, noise, units, options.alpha, options.seed, bounds.points)
-    routing, *noise_routing = (
-        list(compare_routing(reference, run, prompts, integrity.skip))
-        for run in (candidate, *options.noise)
-    )
-    return held, routing, bounds, first_divergence(held, routing, noise_routing, bounds)
+    held = hold(points, noise, units, options.alpha, options.seed, bounds.points, kept)
+    routing, *noise_routing = routings
+    return held, bounds, first_divergence(held, routing, noise_routing, bounds)
 
 
 def _units(

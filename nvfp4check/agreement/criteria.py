@@ -4,7 +4,7 @@ Contract:
     limits   on KL and top-1, where given: kept or broken only if a one-sided interval says so
     bounds   beyond one of them fails; within all of them passes only if every point that is not
              equal bit for bit has been held, against its bound or the noise floor; else undecided
-    floor    a divergence against the noise floor fails
+    floor    a divergence against the noise floor fails, of layers or of logits
     bits     without any of these, equal runs pass
     NaN      or infinity fails, whatever else is judged
 """
@@ -24,6 +24,7 @@ from nvfp4check.findings import CheckError
 
 BOUNDS_CRITERION = "layers within their derived bounds"
 FLOOR_CRITERION = "layers within the noise floor"
+LOGITS_CRITERION = "logits within the noise floor"
 
 
 class Judge(StrEnum):
@@ -83,8 +84,9 @@ def criteria_of(
     logits: Summary | None,
     positions: Positions | None,
     options: AgreeOptions,
+    logits_held: HeldPoint | None = None,
 ) -> list[Criterion]:
-    """Judge what was found.
+    """Judge what was found; `logits_held` is what came of holding logits against the noise floor.
 
     Raises:
         CheckError: A limit on logits is given, and there are none.
@@ -117,6 +119,9 @@ def criteria_of(
         found.append(_plain(FLOOR_CRITERION, Decision.FAIL if beyond else Decision.PASS))
     elif not bounds.points and _equal(held, routing, logits):
         found.append(_plain("equal bit for bit at every point compared", Decision.PASS))
+    if logits_held is not None:
+        decision = Decision.FAIL if logits_held.diverges else Decision.PASS
+        found.append(_plain(LOGITS_CRITERION, decision))
     return found
 
 

@@ -16,15 +16,21 @@ Contract:
                 shows in it, where the many small errors of the others would hide it from the
                 ratio; and a single token that went to other experts does not outweigh all others,
                 as it would in a mean of squares
-    diverges    the lower bound of the ratio or of the excess lies above 0. Many points are tested,
-                two ways each, so the level of each test is `alpha` divided by their number: a
-                candidate that is only noise is called divergent at any point with probability
-                `alpha` at most, as far as the mean of its segments is normal
+    outlier     a single token that is farther off than noise explains, where that can be told: see
+                `outliers`
+    diverges    the lower bound of the ratio or of the excess lies above 0, or a token is an
+                outlier. Many points are tested, three ways each, so the level of each test is
+                `alpha` divided by their number: a candidate that is only noise is called divergent
+                at any point with probability `alpha` at most, as far as the mean of its prompts,
+                and the logarithm of an error without other experts, are normal. Tokens of one
+                prompt depend on one another however far apart (all of them attend to the first),
+                so means are known as well as whole prompts say; of one prompt only as well as its
+                segments do, which is too well
     router      the choice of experts diverges, where the scores have a derived bound, by the first
                 flip that this leaves no room for; else by the first that the error of the scores
                 does not explain; without scores, by the first where no noise run has one
     token       the first whose error is above every token's floor; where there is none, the one
-                with the largest ratio
+                with the largest ratio; the outlier where only that speaks
     no floor    without a noise run any difference in bits is a divergence, held against nothing
 """
 
@@ -38,8 +44,12 @@ import torch
 from nvfp4check.activations import EH_PROJ, MTP_ENDS, ROUTER_EXPERTS
 from nvfp4check.agreement.bounds import Bounds, HeldBound
 from nvfp4check.agreement.layers import Place, PointAgreement
+from nvfp4check.agreement.outliers import Kept, Outlier, outlier
 from nvfp4check.agreement.routing import Flip, LayerRouting
 from nvfp4check.agreement.statistics import Estimate, estimate
+
+#: Tests of each point: the ratio, the excess, its outliers.
+TESTS = 3
 
 #: Share of the errors and floors below what counts as high.
 HIGH_SHARE = 0.9
@@ -81,6 +91,8 @@ class HeldPoint:
     #: Mean excess of the error over the floor, and its lower bound.
     excess: float | None = None
     excess_low: float | None = None
+    #: A token that is farther off than noise explains.
+    outlier: Outlier | None = None
     #: None where there was nothing to hold it against.
     diverges: bool | None = None
     #: The token by which it diverges.
@@ -120,10 +132,12 @@ def hold(
     alpha: float,
     seed: int = 0,
     bounds: Mapping[tuple[int, str], HeldBound] | None = None,
+    kept: Sequence[Kept] = (),
 ) -> list[HeldPoint]:
     """Hold each point against its bound and the noise runs.
 
-    `units` are the unit roundoffs of the points.
+    `units` are the unit roundoffs of the points, `kept` the tokens that went to the reference's
+    experts, of the candidate and of each noise run; without it no outliers are looked for.
     """
     bitwise = {point.key: point.bitwise for point in points}
     held = []
@@ -132,7 +146,8 @@ def hold(
         whole = bitwise.get((point.layer, source)) if source else None
         floors = [run[point.key] for run in noise if point.key in run]
         if noise and len(floors) == len(noise):
-            found = _against(point, floors, units[point.key], alpha / (2 * len(points)), seed)
+            level = alpha / (TESTS * len(points))
+            found = against(point, floors, units[point.key], level, seed, kept)
         else:
             found = HeldPoint(agreement=point, input_bitwise=None)
         held.append(_bounded(replace(found, input_bitwise=whole), (bounds or {}).get(point.key)))
@@ -152,13 +167,15 @@ def _bounded(held: HeldPoint, bound: HeldBound | None) -> HeldPoint:
     return held
 
 
-def _against(
+def against(
     point: PointAgreement,
     floors: Sequence[PointAgreement],
     unit: float,
     alpha: float,
     seed: int,
+    kept: Sequence[Kept] = (),
 ) -> HeldPoint:
+    """Hold a point against the same point of the noise runs."""
     errors: dict[str, torch.Tensor] = {}
     floor: dict[str, torch.Tensor] = {}
     runs: dict[str, torch.Tensor] = {}
@@ -173,12 +190,15 @@ def _against(
             ratios[prompt] = (errors[prompt] / each).log().mean(0)
     # An infinite error is a divergence, and no number to take a mean of.
     boundless = any(bool(ratio.isposinf().any()) for ratio in ratios.values())
-    found = estimate([r.nan_to_num(nan=math.nan, posinf=0.0) for r in ratios.values()], seed)
+    finite = [ratio.nan_to_num(nan=math.nan, posinf=0.0) for ratio in ratios.values()]
+    found = estimate(finite, seed, by_prompt=True)
     low = found.lower_bound(alpha) if found.resamples else None
     excess = _excess(errors, runs, seed)
     excess_low = excess.lower_bound(alpha) if excess.resamples else None
     diverges = boundless or bool(point.nonfinite_candidate > point.nonfinite_reference)
     diverges = diverges or any(bound is not None and bound > 0 for bound in (low, excess_low))
+    place = _place(point, errors, floor, ratios) if diverges else None
+    alone = _outlier(point, errors, runs, kept, unit, alpha) if kept else None
     squares_of = [run.relative_error**2 for run in floors]
     return HeldPoint(
         agreement=point,
@@ -188,8 +208,32 @@ def _against(
         log_ratio_low=low,
         excess=excess.mean if math.isfinite(excess.mean) else None,
         excess_low=excess_low,
-        diverges=diverges,
-        place=_place(point, errors, floor, ratios) if diverges else None,
+        outlier=alone,
+        diverges=diverges or alone is not None,
+        place=place if alone is None or place is not None else alone.place,
+    )
+
+
+def _outlier(
+    point: PointAgreement,
+    errors: Mapping[str, torch.Tensor],
+    runs: Mapping[str, torch.Tensor],
+    kept: Sequence[Kept],
+    unit: float,
+    alpha: float,
+) -> Outlier | None:
+    candidate, *noise = kept
+
+    def tokens(of: Kept, prompt: str) -> torch.Tensor:
+        return of.tokens(point.layer, point.point, prompt, len(errors[prompt]))
+
+    return outlier(
+        errors,
+        runs,
+        {prompt: tokens(candidate, prompt) for prompt in errors},
+        {prompt: torch.stack([tokens(run, prompt) for run in noise]) for prompt in errors},
+        unit,
+        alpha,
     )
 
 
@@ -208,7 +252,9 @@ def _excess(
         return (values / high).log().clamp(min=0.0)  # NaN stays, and is left out
 
     return estimate(
-        [above(error) - above(runs[prompt]).mean(0) for prompt, error in errors.items()], seed
+        [above(error) - above(runs[prompt]).mean(0) for prompt, error in errors.items()],
+        seed,
+        by_prompt=True,
     )
 
 

@@ -12,8 +12,7 @@ Contract:
     repeated    a point bit for bit as at another layer or under other tokens, or one of its rows
                 as the row before, under another token. Points that depend on the token alone
                 (those of the first layer) are left out of the comparison of rows
-    shifted     at most of the tokens, row t of the candidate lies nearer to row t + 1 (or t - 1)
-                of the reference than to row t, and twice as near in the mean
+    shifted     rows are those of the neighbouring tokens: see `shifted`
     sum         hidden is not the sum of what the layer was given and what its two blocks added. In
                 a dtype of unit roundoff u, two sums that are rounded and four values that are
                 stored may be off by u times the magnitudes of all of them
@@ -31,23 +30,10 @@ from dataclasses import dataclass, field
 import torch
 
 from nvfp4check.activations import HIDDEN, POINTS, ROUTER_POINTS, Run, opened
-from nvfp4check.agreement.layers import VALUE_POINTS, Skip, values
+from nvfp4check.agreement.layers import VALUE_POINTS, Skip
+from nvfp4check.agreement.problems import Problem as Problem
+from nvfp4check.agreement.shifted import shifted_rows
 from nvfp4check.findings import CheckError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
-    """One way in which a run is not what it says."""
-
-    kind: str
-    #: `reference` or `candidate`, or `both` where the two do not fit together.
-    run: str
-    message: str
-    layer: int | None = None
-    point: str | None = None
-    prompt: str | None = None
-    #: Whether it makes the comparison wrong, or was only cut or left out.
-    fatal: bool = True
 
 
 @dataclass
@@ -104,7 +90,7 @@ def check_runs(reference: Run, candidate: Run, prompts: tuple[str, ...]) -> Inte
         found.add(problem)
     for problem in _mismatched(reference, candidate, layers, prompts, found.skip):
         found.add(problem)
-    for problem in _shifted(reference, candidate, layers, prompts, found.skip):
+    for problem in shifted_rows(reference, candidate, layers, prompts, found.skip):
         found.add(problem)
     return found
 
@@ -341,46 +327,3 @@ def _mismatched(
                         f"{list(left[key])}, candidate {list(right[key])}; is it a shard of "
                         "tensor parallelism?",
                     )
-
-
-def _shifted(
-    reference: Run,
-    candidate: Run,
-    layers: tuple[int, ...],
-    prompts: tuple[str, ...],
-    skip: set[Skip],
-) -> Iterator[Problem]:
-    """Find points whose rows are those of the neighbouring tokens."""
-    for layer in layers:
-        if layer not in reference.layers or layer not in candidate.layers:
-            continue
-        both = set(reference.points(layer)) & set(candidate.points(layer))
-        for point in (p for p in VALUE_POINTS if p in both and p not in ROUTER_POINTS):
-            for prompt in (p for p in prompts if (layer, point, p) not in skip):
-                r, c = values(reference, candidate, layer, prompt, point)
-                shift = shift_of(r.double(), c.double())
-                if shift:
-                    yield Problem(
-                        kind="shifted",
-                        run="candidate",
-                        layer=layer,
-                        point=point,
-                        prompt=prompt,
-                        message=f"{point} of layer {layer}, prompt {prompt!r}: row t lies nearer "
-                        f"to row t {'+' if shift > 0 else '-'} 1 of the reference; the candidate's "
-                        "rows are shifted by one token",
-                    )
-
-
-def shift_of(reference: torch.Tensor, candidate: torch.Tensor) -> int:
-    """Return 1 or -1 where rows of the candidate are those of the next or last token, else 0."""
-    if len(reference) < 3:
-        return 0
-    inside = candidate[1:-1]
-    own = (inside - reference[1:-1]).norm(dim=-1)
-    for shift, rows in ((1, reference[2:]), (-1, reference[:-2])):
-        other = (inside - rows).norm(dim=-1)
-        nearer = (other < own).double().mean()
-        if float(nearer) > 0.5 and float(other.mean()) * 2 < float(own.mean()):
-            return shift
-    return 0

@@ -13,6 +13,7 @@ from nvfp4check.agreement.logits import (
     following,
     top_k,
 )
+from nvfp4check.agreement.shifted import shifted_choices
 from nvfp4check.agreement.sources import Full, Logits, Source, Top, opened_logits
 from nvfp4check.agreement.topk import TopMetrics, TopRows, compare_top, look_up
 
@@ -75,6 +76,14 @@ def compare_positions(
                 found.metrics[prompt] = top.metrics
     if tops:
         found.tail = _tail(tops)
+    heard.extend(
+        shifted_choices(
+            {
+                prompt: (metrics.top_token_reference, metrics.top_token_candidate)
+                for prompt, metrics in found.metrics.items()
+            }
+        )
+    )
     return found if found.metrics else None
 
 

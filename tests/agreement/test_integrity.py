@@ -8,7 +8,8 @@ import torch
 
 from nvfp4check.activations import Run, layer_file, write_info, write_tensors
 from nvfp4check.agreement.agree import AgreeOptions, agree
-from nvfp4check.agreement.integrity import Integrity, check_runs, shift_of
+from nvfp4check.agreement.integrity import Integrity, check_runs
+from nvfp4check.agreement.shifted import shift_of
 from nvfp4check.agreement.statistics import Decision
 from nvfp4check.findings import CheckError
 
