@@ -12,7 +12,7 @@ Contract of the verdict:
                 whether the two runs are equal bit for bit
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,13 @@ from nvfp4check.agreement.logits_floor import hold_logits
 from nvfp4check.agreement.outliers import Kept
 from nvfp4check.agreement.positions import Positions, compare_positions
 from nvfp4check.agreement.predicting import compare_predictors
+from nvfp4check.agreement.presence import (
+    common_prompts,
+    partial_floor,
+    require_fit,
+    without_layers,
+    without_logits,
+)
 from nvfp4check.agreement.routing import LayerRouting, compare_routing
 from nvfp4check.agreement.statistics import Decision, Estimate
 from nvfp4check.agreement.summary import Summary, paired, summarize
@@ -114,14 +121,14 @@ def agree(reference: Run, candidate: Run, options: AgreeOptions | None = None) -
     prompts, missing = common_prompts(reference, candidate)
     integrity = check_runs(reference, candidate, prompts)
     integrity.problems.extend(missing)
-    integrity.problems.extend(_without_layers(reference, candidate, options))
+    integrity.problems.extend(without_layers(reference, candidate, options))
     others = (*options.noise, options.forced, options.versus)
     for other in (run for run in others if run is not None):
         common_prompts(reference, other)
     for run in options.noise:
-        _require_same_checkpoint("--noise", run, "the reference", reference)
+        require_fit("--noise", run, prompts, "the reference", reference)
     if options.forced is not None:
-        _require_same_checkpoint("--forced", options.forced, "the candidate", candidate)
+        require_fit("--forced", options.forced, prompts, "the candidate", candidate)
     runs = (candidate, *options.noise)
     routings = [list(compare_routing(reference, run, prompts, integrity.skip)) for run in runs]
     kept = [Kept.of(reference, routing) for routing in routings]
@@ -130,10 +137,9 @@ def agree(reference: Run, candidate: Run, options: AgreeOptions | None = None) -
     )
     routing = routings[0]
     integrity.problems.extend(bounds.problems)
-    positions = compare_positions(reference, candidate, prompts, options.head)
-    if positions is not None:
-        integrity.problems.extend(positions.problems)
-    if not held and not routing and positions is None:
+    integrity.problems.extend(without_logits(reference, candidate, options))
+    positions = compare_positions(reference, candidate, prompts, options.head, integrity.problems)
+    if not held and not routing and positions is None and not integrity.fatal:
         raise CheckError(
             f"{reference.path} and {candidate.path} have neither a point of a layer nor logits in "
             "common; record some with `nvfp4check forward --activations all --logits full`"
@@ -147,6 +153,7 @@ def agree(reference: Run, candidate: Run, options: AgreeOptions | None = None) -
         if len(metrics) == len(runs)
         else None
     )
+    integrity.problems.extend(partial_floor(options.noise, held, logits))
     return AgreeResult(
         reference=reference,
         candidate=candidate,
@@ -168,80 +175,6 @@ def agree(reference: Run, candidate: Run, options: AgreeOptions | None = None) -
             criteria_of(held, routing, bounds, divergence, logits, positions, options, logits_held)
         ),
     )
-
-
-def common_prompts(reference: Run, candidate: Run) -> tuple[tuple[str, ...], list[Problem]]:
-    """Return the prompts of both runs, and a problem for each that only one has.
-
-    Raises:
-        CheckError: There are none, or a prompt has other tokens.
-    """
-    both = tuple(prompt for prompt in reference.prompts if prompt in candidate.prompts)
-    if not both:
-        raise CheckError(
-            f"{reference.path} and {candidate.path} have no prompt in common: "
-            f"{', '.join(reference.prompts[:3])} … and {', '.join(candidate.prompts[:3])} …; "
-            "run both with the same --prompts"
-        )
-    for prompt in both:
-        left, right = reference.tokens(prompt), candidate.tokens(prompt)
-        if not torch.equal(left, right):
-            raise CheckError(
-                f"prompt {prompt!r}: {reference.path} and {candidate.path} were given other "
-                f"tokens: {_tokens_message(left, right)}; give both the same tokens"
-            )
-    problems = [
-        Problem(
-            kind="missing",
-            run=lacking,
-            prompt=prompt,
-            message=f"prompt {prompt!r} is not in this run",
-            fatal=False,
-        )
-        for lacking, run, other in (
-            ("candidate", reference, candidate),
-            ("reference", candidate, reference),
-        )
-        for prompt in run.prompts
-        if prompt not in other.prompts
-    ]
-    return both, problems
-
-
-def _without_layers(reference: Run, candidate: Run, options: AgreeOptions) -> Iterator[Problem]:
-    """Find that no layer can be compared, where the verdict would rest on layers."""
-    asked = options.judge is Judge.AUTO and not options.limited
-    if asked and reference.own_layers and not candidate.own_layers:
-        yield Problem(
-            kind="missing",
-            run="candidate",
-            message=f"no layer was recorded, and the reference has {len(reference.own_layers)}; "
-            "with limits (--max-kl, --min-top1) logits are judged alone",
-            fatal=False,
-        )
-
-
-def _require_same_checkpoint(option: str, run: Run, whose: str, other: Run) -> None:
-    """Refuse a floor or a split that is another model's; a run need not say what it was made of.
-
-    Raises:
-        CheckError: Both say so, and differ.
-    """
-    made, meant = (side.info.checkpoint.get("fingerprint") for side in (run, other))
-    if made is not None and meant is not None and made != meant:
-        raise CheckError(
-            f"{option} {run.path}: is a run of {run.info.checkpoint.get('location')}, expected one "
-            f"of {other.info.checkpoint.get('location')}, as {whose} {other.path} is"
-        )
-
-
-def _tokens_message(left: torch.Tensor, right: torch.Tensor) -> str:
-    if torch.equal(left[1:], right) or torch.equal(left, right[1:]):
-        return f"one begins with token {int((left if len(left) > len(right) else right)[0])} more"
-    if len(left) != len(right):
-        return f"{len(left)} and {len(right)} of them"
-    place = int((left != right).nonzero()[0])
-    return f"{int(left[place])} and {int(right[place])} at position {place}"
 
 
 def _layers(
