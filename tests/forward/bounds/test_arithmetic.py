@@ -125,5 +125,30 @@ def test_arithmetic_that_cannot_be_declared_is_refused_with_the_choices() -> Non
         Declared.of_candidate("float8")
 
 
+@pytest.mark.parametrize(
+    ("name", "ranks", "absorbs"),
+    [
+        ("float32", 1, True),
+        ("float32/direct", 1, False),
+        ("bfloat16/tp8", 8, True),
+        ("bfloat16/tp8/direct", 8, False),
+    ],
+)
+def test_a_name_says_ranks_and_the_form_of_attention(name: str, ranks: int, absorbs: bool) -> None:
+    side = Declared.of_candidate(name)
+
+    assert (side.ranks, side.absorbs) == (ranks, absorbs)
+    assert side.dtype == getattr(torch, name.split("/")[0])
+    assert Roundings([side, side], EXACT).absorbs.tolist() == [absorbs] * 2
+
+
+@pytest.mark.parametrize(
+    "name", ["bfloat16/direct/tp8", "direct", "float32/", "bfloat16/tp1/direct"]
+)
+def test_names_of_another_order_are_refused(name: str) -> None:
+    with pytest.raises(CheckError, match="with /direct at the end"):
+        Declared.of_candidate(name)
+
+
 def test_float64_references_have_float64_accumulators() -> None:
     assert EXACT.facts.accumulator is Accumulator.FLOAT64
