@@ -4,6 +4,9 @@ Two runs of random logits, 2,048 positions of DeepSeek-V3's 129,280 tokens unles
 are written to a temporary directory. Measured, each in a process of its own so that its memory is
 its own: reading both files in the same blocks, and comparing them. The processor's time is that of
 all threads; it does not suffer from what else the machine does.
+
+With `--hidden 7168` the runs hold states of that width and a checkpoint their BF16 head; measured
+are both matrix products alone, of weights in memory, and the comparison.
 """
 
 import argparse
@@ -19,11 +22,13 @@ from pathlib import Path
 import torch
 
 from nvfp4check.activations import (
+    FINAL_HIDDEN_FILE,
     LOGITS_FILE,
     TOKENS_FILE,
     PromptInfo,
     Run,
     RunInfo,
+    opened,
     write_info,
     write_tensors,
 )
@@ -32,6 +37,8 @@ from nvfp4check.agreement.positions import compare_positions
 from nvfp4check.agreement.sources import Full, opened_logits
 from nvfp4check.agreement.summary import summarize
 from nvfp4check.bench.memory import memory
+from nvfp4check.forward.inventory import HEAD
+from nvfp4check.forward.setup import ARCHITECTURE
 
 PROMPT = "p"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -46,11 +53,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--vocabulary", type=int, default=129_280)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--directory", type=Path, help="where the runs are written and left")
-    parser.add_argument("--part", choices=("read", "compare"), help=argparse.SUPPRESS)
+    parser.add_argument("--hidden", type=int, help="states of this width and a head, no logits")
+    parser.add_argument("--part", choices=("read", "multiply", "compare"), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.part:
         print(json.dumps(_part(options.part, options.directory, getattr(torch, options.dtype))))
         return 0
+    if options.hidden:
+        return _states(options)
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.directory or Path(temporary)
         _write(folder, options.positions, options.vocabulary, getattr(torch, options.dtype))
@@ -77,6 +87,50 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _states(options: argparse.Namespace) -> int:
+    """Measure states and a head, and print."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.directory or Path(temporary)
+        shape = options.positions, options.hidden, options.vocabulary
+        _write_states(folder, *shape)
+        found = {part: _measured(part, folder, "float32") for part in ("multiply", "compare")}
+    multiply, compare = found["multiply"], found["compare"]
+    print("{:,} states of {:,}, a head of {:,}, twice".format(*shape))
+    print(f"threads          {torch.get_num_threads()}")
+    for name, part in found.items():
+        print(
+            f"{name:<8} {part['seconds']:8.2f} s, {part['cpu']:.2f} s of the processor, memory of "
+            f"its own {part['own'] / 1e9:.2f} GB"
+        )
+    print(
+        f"compare takes {compare['seconds'] / multiply['seconds']:.2f} times the time of both "
+        f"products, {compare['cpu'] / multiply['cpu']:.2f} times in time of the processor"
+    )
+    return 0
+
+
+def _write_states(folder: Path, positions: int, hidden: int, vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    head, scale = folder / "checkpoint", hidden**-0.5
+    weight = torch.empty(vocabulary, hidden, dtype=torch.bfloat16)
+    for row in weight:
+        row.copy_(torch.randn(hidden, generator=generator) * scale)
+    write_tensors(head / "model.safetensors", {HEAD: weight})
+    config = {"architectures": [ARCHITECTURE], "vocab_size": vocabulary, "hidden_size": hidden}
+    (head / "config.json").write_text(json.dumps(config))
+    states = torch.randn(positions, hidden, generator=generator)
+    for name, noise in (("a", 0.0), ("b", 0.02)):
+        other = states + noise * torch.randn(states.shape, generator=generator)
+        write_tensors(folder / name / FINAL_HIDDEN_FILE, {PROMPT: other})
+        _describe(folder / name, positions, vocabulary, {"location": str(head)})
+
+
+def _describe(run: Path, positions: int, vocabulary: int, checkpoint: dict[str, str]) -> None:
+    write_tensors(run / TOKENS_FILE, {PROMPT: torch.arange(positions) % vocabulary})
+    prompts = (PromptInfo(id=PROMPT, tokens=positions),)
+    write_info(run, RunInfo(prompts=prompts, complete=True, checkpoint=checkpoint))
+
+
 def _write(folder: Path, positions: int, vocabulary: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     base = torch.empty(positions, vocabulary)
@@ -87,9 +141,7 @@ def _write(folder: Path, positions: int, vocabulary: int, dtype: torch.dtype) ->
             for row in base:
                 row.add_(torch.randn(vocabulary, generator=generator), alpha=0.05)
         write_tensors(folder / name / LOGITS_FILE, {PROMPT: base.to(dtype)})
-        write_tensors(folder / name / TOKENS_FILE, {PROMPT: torch.arange(positions) % vocabulary})
-        info = RunInfo(prompts=(PromptInfo(id=PROMPT, tokens=positions),), complete=True)
-        write_info(folder / name, info)
+        _describe(folder / name, positions, vocabulary, {})
 
 
 def _measured(part: str, folder: Path, dtype: str) -> dict[str, float]:
@@ -105,6 +157,7 @@ def _part(part: str, folder: Path, dtype: torch.dtype) -> dict[str, float]:
     some = torch.zeros(1, 1, dtype=dtype)
     compare_logits(some, some)  # compiled, or read from the cache of what was
     found = {"kl": 0.0}
+    head = _widened(folder) if part == "multiply" else torch.empty(0)
     before, own, done = memory("RssAnon"), [0], threading.Event()
 
     def look() -> None:
@@ -116,6 +169,8 @@ def _part(part: str, folder: Path, dtype: torch.dtype) -> dict[str, float]:
     start, cpu = time.perf_counter(), time.process_time()
     if part == "read":
         found["kl"] = sum(_read(run) for run in runs)
+    elif part == "multiply":
+        found["kl"] = sum(_multiply(run, head) for run in runs)
     else:
         positions = compare_positions(*runs, (PROMPT,))
         if positions is None:
@@ -126,6 +181,21 @@ def _part(part: str, folder: Path, dtype: torch.dtype) -> dict[str, float]:
     looking.join()
     found["own"] = float(own[0])
     return found
+
+
+def _widened(folder: Path) -> torch.Tensor:
+    """Return the head as float32."""
+    with opened(folder / "checkpoint" / "model.safetensors") as file:
+        weight: torch.Tensor = file.get_tensor(HEAD)
+    return weight.float()
+
+
+def _multiply(run: Run, head: torch.Tensor) -> float:
+    """Multiply every state with the head, and return something made of it."""
+    states, total = run.final_hidden(PROMPT), 0.0
+    for first in range(0, len(states), 1024):
+        total += (states[first : first + 1024] @ head.T)[0, 0].item()
+    return total
 
 
 def _read(run: Run) -> float:
