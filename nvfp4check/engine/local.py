@@ -11,12 +11,14 @@ from typing import Any
 
 from threadpoolctl import threadpool_limits
 
-from nvfp4check.engine import Finished, Item, Result
+from nvfp4check.engine import Engine, Finished, Item, Result
 from nvfp4check.findings import CheckError
 
 #: Items handed out ahead for each worker: one to work on, one waiting. Bounds what lies in
 #: memory when results are large.
 _AHEAD = 2
+#: What another process takes to start and to load what the work needs, torch and compiled kernels.
+START_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,16 @@ class LocalEngine:
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def alone_if_sooner(engine: Engine, seconds: float) -> Engine:
+    """Take this process in place of several that would start for longer than they save.
+
+    `seconds` is what the work takes one process.
+    """
+    if isinstance(engine, LocalEngine) and seconds * (1 - 1 / engine.jobs) <= START_SECONDS:
+        return LocalEngine(1)
+    return engine
 
 
 def one_thread() -> None:

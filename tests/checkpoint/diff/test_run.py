@@ -14,7 +14,7 @@ from nvfp4check.checkpoint.diff.results import WeightDiff
 from nvfp4check.checkpoint.diff.run import DiffOptions, diff_checkpoints
 from nvfp4check.checkpoint.editing import copy_checkpoint
 from nvfp4check.checkpoint.opening import open_checkpoint
-from nvfp4check.engine.local import LocalEngine
+from nvfp4check.engine.local import START_SECONDS, LocalEngine, alone_if_sooner
 from nvfp4check.findings import CheckError
 
 
@@ -225,11 +225,30 @@ def test_a_sample_compares_whole_modules_and_says_what_it_may_miss(golden):
     assert 0 < found.sample.missed(1) < 1
 
 
-def test_two_processes_find_what_one_finds(golden, tmp_path):
+def test_two_processes_find_what_one_finds(golden, monkeypatch):
+    monkeypatch.setattr("nvfp4check.checkpoint.diff.run._ITEM_BYTES", 1 << 18)
     one = compare(golden.nvfp4, golden.bf16, only="model.layers.[01].*")
+    monkeypatch.setattr("nvfp4check.engine.local.START_SECONDS", 0.0)
     two = compare(golden.nvfp4, golden.bf16, only="model.layers.[01].*", engine=LocalEngine(2))
 
     assert one.weights == two.weights
+
+
+def test_processes_that_save_nothing_are_not_started(golden, monkeypatch):
+    monkeypatch.setattr("nvfp4check.checkpoint.diff.run._ITEM_BYTES", 1 << 18)
+    monkeypatch.setattr("nvfp4check.engine.local.ProcessPoolExecutor", None)
+
+    assert compare(golden.nvfp4, golden.bf16, only="model.layers.[01].*", jobs=8).weights
+    monkeypatch.setattr("nvfp4check.engine.local.START_SECONDS", 0.0)
+    with pytest.raises(TypeError):  # there is nothing to start them with
+        compare(golden.nvfp4, golden.bf16, only="model.layers.[01].*", jobs=8)
+
+
+def test_processes_are_started_for_what_takes_longer_than_their_start():
+    engine = LocalEngine(4)
+
+    assert alone_if_sooner(engine, START_SECONDS * 4 / 3).jobs == 1
+    assert alone_if_sooner(engine, START_SECONDS * 3 / 2) is engine
 
 
 def test_an_interrupted_run_goes_on_and_ends_with_the_same(golden, tmp_path, monkeypatch):
