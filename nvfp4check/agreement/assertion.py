@@ -16,14 +16,16 @@ def assert_agrees(
     noise: Run | str | Path | None = None,
     max_kl: float | None = None,
     min_top1: float | None = None,
+    rare_kl: float = 0.0,
     bounds: str | None = None,
     allow_skips: bool = False,
 ) -> AgreeResult:
     """Assert that a run agrees with a golden.
 
     With limits the logits are judged, with a noise run or bounds in the golden the layers, with
-    none of them every bit. `bounds` names one of several that the golden has. What the golden holds
-    and the run lacks fails too, unless `allow_skips`.
+    none of them every bit. A limit on KL speaks of positions like these, unless `rare_kl` says how
+    bad others may be that are too rare to be among them. `bounds` names one of several that the
+    golden has. What the golden holds and the run lacks fails too, unless `allow_skips`.
 
     Raises:
         AssertionError: It does not agree, or too few positions were given to tell; the message says
@@ -38,6 +40,7 @@ def assert_agrees(
             noise=(_opened(noise),) if noise is not None else (),
             max_kl=max_kl,
             min_top1=min_top1,
+            rare_kl=rare_kl,
             bounds=bounds,
         ),
     )

@@ -1,7 +1,9 @@
 """What of an agreement is judged, and how it is decided.
 
 Contract:
-    limits   on KL and top-1, where given: kept or broken only if a one-sided interval says so
+    limits   on KL and top-1, where given: kept or broken only if a one-sided interval says so. That
+             a limit on KL is kept must allow for positions too rare to be in the sample: there the
+             candidate may be no better than a guess, log(vocabulary), unless `rare_kl` says better
     bounds   beyond one of them fails; within all of them passes only if every point that is not
              equal bit for bit has been held, against its bound or the noise floor; else undecided
     floor    a divergence against the noise floor fails, of layers or of logits
@@ -9,6 +11,7 @@ Contract:
     NaN      or infinity fails, whatever else is judged
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -18,9 +21,21 @@ from nvfp4check.agreement.bounds import Bounds
 from nvfp4check.agreement.divergence import BOUND, NOTHING, Divergence, HeldPoint
 from nvfp4check.agreement.positions import Positions
 from nvfp4check.agreement.routing import LayerRouting
-from nvfp4check.agreement.statistics import Decision, Estimate, decide_at_least, decide_at_most
+from nvfp4check.agreement.statistics import (
+    Decision,
+    Estimate,
+    decide_at_least,
+    decide_at_most,
+    times_as_many,
+)
 from nvfp4check.agreement.summary import Summary
 from nvfp4check.findings import CheckError
+
+#: Size of a vocabulary of which only the best tokens are known.
+UNKNOWN_VOCABULARY = 1 << 17
+
+#: More prompts than this are too many to be told a number.
+MOST_PROMPTS = 1_000_000
 
 BOUNDS_CRITERION = "layers within their derived bounds"
 FLOOR_CRITERION = "layers within the noise floor"
@@ -49,6 +64,8 @@ class AgreeOptions:
     min_top1: float | None = None
     alpha: float = 0.05
     power: float = 0.8
+    #: KL of positions too rare to be in the sample; None: that of a guess.
+    rare_kl: float | None = None
     judge: Judge = Judge.AUTO
     #: Checkpoint whose head makes logits of final states.
     head: str | None = None
@@ -74,6 +91,11 @@ class Criterion:
     effect: float | None
     #: One-sided bounds of the true value at alpha; None where nothing is known or estimated.
     bounds: tuple[float, float] | None = None
+    #: KL of a position too rare to be in the sample, and what the upper bound allows for it.
+    rare_kl: float | None = None
+    allowance: float | None = None
+    #: Prompts like these that would decide what is undecided; None where that is not known.
+    prompts_needed: int | None = None
 
 
 def criteria_of(
@@ -102,14 +124,9 @@ def criteria_of(
     if options.limited and logits is None:
         raise CheckError("--max-kl and --min-top1 judge logits, and a run holds none")
     if logits is not None and options.max_kl is not None:
-        decision = decide_at_most(logits.kl, options.max_kl, options.alpha)
-        bounded = positions is not None and positions.tail is not None and not positions.tail.exact
-        if bounded and decision is Decision.PASS:
-            decision = Decision.UNDECIDED
-        found.append(_limit("mean KL", decision, logits.kl, options.max_kl, options))
+        found.append(_limit_on_kl(logits.kl, options.max_kl, positions, options))
     if logits is not None and options.min_top1 is not None:
-        decision = decide_at_least(logits.top1, options.min_top1, options.alpha)
-        found.append(_limit("top-1 agreement", decision, logits.top1, options.min_top1, options))
+        found.append(_limit_on_top1(logits.top1, options.min_top1, options))
     if options.limited:
         return found
     if bounds.points:
@@ -143,20 +160,54 @@ def _equal(
     )
 
 
-def _limit(
-    what: str, decision: Decision, found: Estimate, limit: float, options: AgreeOptions
+def _limit_on_kl(
+    found: Estimate, limit: float, positions: Positions | None, options: AgreeOptions
 ) -> Criterion:
-    known = bool(found.resamples)
+    vocabulary = positions.vocabulary if positions is not None else None
+    rare = options.rare_kl
+    if rare is None:
+        rare = math.log(vocabulary or UNKNOWN_VOCABULARY)
+    decision = decide_at_most(found, limit, options.alpha, rare)
+    bounded = positions is not None and positions.tail is not None and not positions.tail.exact
+    if bounded and decision is Decision.PASS:
+        decision = Decision.UNDECIDED
+    high = found.ceiling(options.alpha, rare)
     return Criterion(
-        what=what,
+        what="mean KL",
         decision=decision,
         found=found.mean,
         limit=limit,
         effect=found.smallest_effect(options.alpha, options.power),
-        bounds=(found.lower_bound(options.alpha), found.upper_bound(options.alpha))
-        if known
-        else None,
+        bounds=(found.lower_bound(options.alpha), high) if found.known else None,
+        rare_kl=rare,
+        allowance=high - found.ceiling(options.alpha, 0.0) if math.isfinite(high) else None,
+        prompts_needed=None if bounded else _needed(decision, found, limit, options.alpha, rare),
     )
+
+
+def _limit_on_top1(found: Estimate, limit: float, options: AgreeOptions) -> Criterion:
+    alpha = options.alpha
+    decision = decide_at_least(found, limit, alpha)
+    return Criterion(
+        what="top-1 agreement",
+        decision=decision,
+        found=found.mean,
+        limit=limit,
+        effect=found.smallest_effect(alpha, options.power),
+        bounds=(found.lower_bound(alpha), found.upper_bound(alpha)) if found.known else None,
+        prompts_needed=_needed(decision, found, limit, alpha),
+    )
+
+
+def _needed(
+    decision: Decision, found: Estimate, limit: float, alpha: float, rare: float | None = None
+) -> int | None:
+    if decision is not Decision.UNDECIDED:
+        return None
+    times = times_as_many(found, limit, alpha, rare)
+    if times is None or times * found.prompts > MOST_PROMPTS:
+        return None
+    return max(found.prompts + 1, math.ceil(times * found.prompts))
 
 
 def _plain(what: str, decision: Decision) -> Criterion:

@@ -192,9 +192,9 @@ def against(
     boundless = any(bool(ratio.isposinf().any()) for ratio in ratios.values())
     finite = [ratio.nan_to_num(nan=math.nan, posinf=0.0) for ratio in ratios.values()]
     found = estimate(finite, seed, by_prompt=True)
-    low = found.lower_bound(alpha) if found.resamples else None
+    low = found.lower_bound(alpha) if found.known else None
     excess = _excess(errors, runs, seed)
-    excess_low = excess.lower_bound(alpha) if excess.resamples else None
+    excess_low = excess.lower_bound(alpha) if excess.known else None
     diverges = boundless or bool(point.nonfinite_candidate > point.nonfinite_reference)
     diverges = diverges or any(bound is not None and bound > 0 for bound in (low, excess_low))
     place = _place(point, errors, floor, ratios) if diverges else None

@@ -41,6 +41,9 @@ def agree_document(result: AgreeResult, words: Words | None = None) -> dict[str,
                 "limit": criterion.limit,
                 "bounds": criterion.bounds and [number(bound) for bound in criterion.bounds],
                 "smallest_effect": number(criterion.effect),
+                "rare_kl": number(criterion.rare_kl),
+                "allowance": number(criterion.allowance),
+                "prompts_needed": criterion.prompts_needed,
             }
             for criterion in result.criteria
         ],

@@ -6,43 +6,52 @@ worse of two ways to look at it says: by segments of consecutive positions, and 
 Contract:
     segment    ceil(n ** (1/3)) positions, n the longest prompt; the growth that is optimal for the
                variance of a mean (Hall, Horowitz and Jing, Biometrika 82, 1995)
-    error      the standard error of the mean: over segments by bootstrap; over prompts, where there
-               are two or more, by leaving out one at a time; the larger of the two
+    error      the standard error of the mean: over segments that of a ratio of sums; over prompts,
+               where there are two or more, by leaving out one at a time; the larger of the two
     freedom    degrees of freedom of the error: prompts - 1, whatever their lengths, as leaving out
                a long one among short ones errs to the safe side; with one prompt, or where only
                segments are looked at, segments - 1
-    bounds     one-sided, from Student's t
+    bounds     one-sided, t of Student; `unseen` says what a bootstrap of blocks allows for
         MEAN       mean -+ t * error
-        POSITIVE   of what cannot be negative, of the logarithm: mean / or * exp(t * error / mean);
-                   infinite for an infinite mean, as one infinite position settles it
+        DIFFERENCE of two that are POSITIVE: the farther one of that and of a bootstrap of segments
+                   with the tail of that side
+        POSITIVE   of what cannot be negative: above, the farther one of a bootstrap of segments,
+                   with the tail of positions, and one of prompts, with theirs; below, that of
+                   mean * exp(-t * error / mean) and of a bootstrap of segments with an unseen 0.
+                   A mean of 0 has no bounds but 0, an infinite one none but infinity
         SHARE      of a share of positions, that of a binomial (Clopper and Pearson) of as many
                    independent positions as have this error, no more than there are, times
                    (t(positions - 1) / t(freedom))**2 (Korn and Graubard, Survey Methodology 24,
-                   1998). A share of 0 or 1 has bounds, too
+                   1998). A share of 0 or 1 has bounds, too. Below, the farther one of that and of
+                   a bootstrap of prompts, whose tail is that of the rest of each, shrunk to their
+                   mean as far as a binomial explains how they differ
     interval   both bounds at half of what is left of the level
-    verdict    PASS when the one-sided 1 - alpha bound lies on the good side of the limit, FAIL
-               when the opposite bound lies on the bad side, UNDECIDED otherwise
+    ceiling    upper bound of a POSITIVE mean that allows for positions too rare to be among these,
+               as large as the caller says that one can be: the unseen segment holds one. Where the
+               tail of prompts is boundless, the unseen prompt holds no others
+    verdict    PASS when the one-sided 1 - alpha bound, above a POSITIVE mean its ceiling, lies on
+               the good side of the limit, FAIL when the opposite bound lies on the bad side,
+               UNDECIDED otherwise
     effect     (t(1 - alpha) + t(power)) * error: the smallest true difference that a sample like
-               this one shows with that power; of a share, its farther bound takes t * error's place
+               this one shows with that power; where bounds are not even, the farther one takes
+               t * error's place
 
-What no sample can say: a mean that rare positions make, none of which is in it. How often the
-bounds miss for heavy tails and few prompts, `python -m nvfp4check.bench coverage` counts.
+No sample tells of kinds of prompts that it lacks. How often the bounds miss for heavy tails and few
+prompts, `python -m nvfp4check.bench coverage` counts.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
 import torch
 
 from nvfp4check.agreement.quantile import beta, student_t
+from nvfp4check.agreement.unseen import Blocks, Floats, blocks
 
-#: Resamples of a bootstrap: the standard error is known to a few per cent.
+#: Resamples of a bootstrap: of them, 100 lie beyond either end of an interval.
 RESAMPLES = 4000
-
-#: Indices of resamples drawn at one time: bounds the memory they take.
-DRAWS_AT_ONCE = 1 << 22
 
 #: exp of more than this is infinite.
 _LARGEST_EXPONENT = 700.0
@@ -55,6 +64,8 @@ class Kind(StrEnum):
     MEAN = "mean"
     #: Numbers that are not negative and mostly small.
     POSITIVE = "positive"
+    #: Such numbers less others.
+    DIFFERENCE = "difference"
     #: Zeros and ones.
     SHARE = "share"
 
@@ -73,18 +84,27 @@ class Estimate:
 
     mean: float
     standard_error: float
-    #: The sorted means of the resamples; empty when there are fewer than two segments.
-    resamples: tuple[float, ...]
     segments: int
     #: Degrees of freedom of the standard error.
     freedom: float = 1.0
+    prompts: int = 0
     positions: int = 0
     kind: Kind = Kind.MEAN
+    #: Resampled segments of what has a tail, and those of the negative of a DIFFERENCE.
+    by_segment: Blocks | None = None
+    negative: Blocks | None = None
+    #: Resampled prompts, of a SHARE what it leaves.
+    by_prompt: Blocks | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether there are the two segments that bounds take."""
+        return self.segments > 1
 
     def interval(self, level: float = 0.95) -> tuple[float, float] | None:
         """Two-sided interval, or None with fewer than two segments."""
         tail = (1 - level) / 2
-        if not self.resamples:
+        if not self.known:
             return None
         return self.lower_bound(tail), self.upper_bound(tail)
 
@@ -92,13 +112,18 @@ class Estimate:
         """Return the one-sided lower bound of the mean."""
         if self.kind is Kind.SHARE:
             count = self._independent(alpha)
-            return beta(alpha, self.mean * count, (1 - self.mean) * count + 1)
+            low = beta(alpha, self.mean * count, (1 - self.mean) * count + 1)
+            return low if self.by_prompt is None else min(low, 1 - self.by_prompt.upper(alpha))
         if not math.isfinite(self.standard_error):
             return self.mean if self.kind is Kind.POSITIVE else -math.inf
         reach = student_t(1 - alpha, self.freedom) * self.standard_error
-        if self.kind is Kind.POSITIVE:
-            return self.mean * math.exp(-self._exponent(reach))
-        return self.mean - reach
+        if self.kind is not Kind.POSITIVE:
+            low = self.mean - reach
+            return low if self.negative is None else min(low, -self.negative.upper(alpha))
+        if self.mean == 0 or self.by_segment is None:
+            return 0.0
+        low = self.mean * math.exp(-min(_LARGEST_EXPONENT, reach / self.mean))
+        return min(low, self.by_segment.lower(alpha))
 
     def upper_bound(self, alpha: float) -> float:
         """Return the one-sided upper bound of the mean."""
@@ -107,21 +132,35 @@ class Estimate:
             return beta(1 - alpha, self.mean * count + 1, (1 - self.mean) * count)
         if not math.isfinite(self.standard_error):
             return math.inf
-        reach = student_t(1 - alpha, self.freedom) * self.standard_error
         if self.kind is Kind.POSITIVE:
-            return self.mean * math.exp(self._exponent(reach))
-        return self.mean + reach
+            if self.mean == 0 or self.by_segment is None:
+                return 0.0
+            high = self.by_segment.upper(alpha)
+            return high if self.by_prompt is None else max(high, self.by_prompt.upper(alpha))
+        high = self.mean + student_t(1 - alpha, self.freedom) * self.standard_error
+        return high if self.by_segment is None else max(high, self.by_segment.upper(alpha))
+
+    def ceiling(self, alpha: float, worst: float) -> float:
+        """Return the upper bound of a POSITIVE mean; an unseen position may be `worst`."""
+        high = self.upper_bound(alpha)
+        if self.mean == 0 or self.by_segment is None:
+            return high
+        length = self.positions / self.segments
+        rare = self.mean + max(0.0, worst - self.mean) / length
+        high = max(high, self.by_segment.upper(alpha, rare))
+        if self.by_prompt is None:
+            return high
+        far = self.by_prompt.far
+        return max(high, self.by_prompt.upper(alpha, far if math.isfinite(far) else worst))
 
     def smallest_effect(self, alpha: float, power: float) -> float:
         """Return the smallest true difference that shows with this power at this alpha."""
         one, other = student_t(1 - alpha, self.freedom), student_t(power, self.freedom)
-        if self.kind is Kind.SHARE and self.resamples:
-            reach = max(self.mean - self.lower_bound(alpha), self.upper_bound(alpha) - self.mean)
-            return min(1.0, reach * (one + other) / one)
-        return (one + other) * self.standard_error
-
-    def _exponent(self, reach: float) -> float:
-        return min(_LARGEST_EXPONENT, reach / self.mean) if self.mean > 0 else 0.0
+        if self.kind in (Kind.MEAN, Kind.DIFFERENCE) or not self.known:
+            return (one + other) * self.standard_error
+        reach = max(self.mean - self.lower_bound(alpha), self.upper_bound(alpha) - self.mean)
+        effect = reach * (one + other) / one
+        return min(1.0, effect) if self.kind is Kind.SHARE else effect
 
     def _independent(self, alpha: float) -> float:
         """Return how many independent positions know the share as well."""
@@ -145,90 +184,142 @@ def estimate(
     An infinite position makes the mean infinite. `by_prompt` looks at whole prompts, too, as a
     statement about more than these prompts must.
     """
-    whole = [prompt[~prompt.isnan()] for prompt in prompts]
-    segments = [part for prompt in prompts for part in _segments(prompt, _length(prompts))]
-    count, positions = len(segments), sum(part.numel() for part in segments)
-    sums, sizes = _sums(segments)
-    mean = float(sums.sum() / sizes.sum()) if count else float("nan")
-    if count < 2:
-        error = float("inf")
-        return Estimate(mean=mean, standard_error=error, resamples=(), segments=count, kind=kind)
-    generator = torch.Generator().manual_seed(seed)
-    rows = max(1, DRAWS_AT_ONCE // count)
-    means = torch.cat(
-        [
-            _resampled(sums, sizes, min(rows, RESAMPLES - done), generator)
-            for done in range(0, RESAMPLES, rows)
-        ]
-    )
-    means = means.sort().values
-    finite = bool(means.isfinite().all())
-    # A bootstrap's variance is (n - 1) / n of the sample's.
-    error = float(means.std()) * math.sqrt(count / (count - 1)) if finite else float("inf")
-    freedom = float(count - 1)
-    whole = [prompt for prompt in whole if prompt.numel()]
-    if by_prompt and len(whole) > 1 and finite:
-        sums, sizes = _sums(whole)
-        error = max(error, _left_out(sums, sizes))
-        freedom = float(len(whole) - 1)
-    return Estimate(
+    values = [prompt.double().numpy() for prompt in prompts]
+    length = _length(values)
+    sums, sizes = _joined([_blocks(each, length) for each in values])
+    whole = _joined([_blocks(each, max(1, len(each))) for each in values])
+    count, positions, texts = len(sums), int(sizes.sum()), len(whole[0])
+    mean = _total(sums) / positions if count else math.nan
+    found = Estimate(
         mean=mean,
-        standard_error=error,
-        resamples=tuple(means.tolist()),
+        standard_error=math.inf,
         segments=count,
-        freedom=freedom,
+        prompts=texts,
         positions=positions,
         kind=kind,
     )
+    several = by_prompt and texts > 1
+    freedom = float((texts if several else count) - 1)
+    if count < 2 or not math.isfinite(mean):
+        return replace(found, freedom=max(1.0, freedom))
+    error = _of_ratio(sums, sizes)
+    found = replace(
+        found,
+        standard_error=max(error, _left_out(*whole)) if several else error,
+        freedom=freedom,
+    )
+    every = np.concatenate(values)
+    every = every[~np.isnan(every)]
+    if kind in (Kind.POSITIVE, Kind.DIFFERENCE):
+        found = replace(found, by_segment=blocks(sums, sizes, every, RESAMPLES, seed))
+    if kind is Kind.DIFFERENCE:
+        found = replace(found, negative=blocks(-sums, sizes, -every, RESAMPLES, seed))
+    if kind is Kind.POSITIVE and several:
+        means = whole[0] / whole[1]
+        found = replace(found, by_prompt=blocks(*whole, means, RESAMPLES, seed))
+    if kind is Kind.SHARE and several and 0 < mean < 1:
+        rest = _shrunk(whole[1] - whole[0], whole[1])
+        drawn = blocks(whole[1] - whole[0], whole[1], rest, RESAMPLES, seed, rest.max(), limit=1.0)
+        found = replace(found, by_prompt=drawn)
+    return found
 
 
-def _sums(parts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sum and the number of values of each part."""
-    sums = torch.tensor([part.sum() for part in parts], dtype=torch.float64)
-    return sums, torch.tensor([float(part.numel()) for part in parts], dtype=torch.float64)
-
-
-def _left_out(sums: torch.Tensor, sizes: torch.Tensor) -> float:
-    """Return the standard error of the mean from those that leave out one part (a jackknife)."""
-    others = (sums.sum() - sums) / (sizes.sum() - sizes)
-    apart = (others - sums.sum() / sizes.sum()).square().sum()
-    return math.sqrt(float(apart) * (len(sums) - 1) / len(sums))
-
-
-def _resampled(
-    sums: torch.Tensor, sizes: torch.Tensor, rows: int, generator: torch.Generator
-) -> torch.Tensor:
-    """Return the means of so many resamples."""
-    drawn = torch.randint(len(sums), (rows, len(sums)), generator=generator)
-    return sums[drawn].sum(-1) / sizes[drawn].sum(-1)
-
-
-def _length(prompts: list[torch.Tensor]) -> int:
-    longest = max((prompt.numel() for prompt in prompts), default=1)
+def _length(prompts: list[Floats]) -> int:
+    longest = max((len(prompt) for prompt in prompts), default=1)
     return max(1, math.ceil(math.cbrt(longest)))
 
 
-def _segments(prompt: torch.Tensor, length: int) -> list[torch.Tensor]:
-    parts = [part[~part.isnan()] for part in torch.split(prompt.double(), length)]
-    return [part for part in parts if part.numel()]
+def _blocks(prompt: Floats, length: int) -> tuple[Floats, Floats]:
+    """Return the sum and the number of values of each block that has any."""
+    starts = np.arange(0, len(prompt), length)
+    if not len(starts):
+        return np.empty(0), np.empty(0)
+    there = ~np.isnan(prompt)
+    sizes = np.add.reduceat(there.astype(np.float64), starts)
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        sums = np.add.reduceat(np.where(there, prompt, 0.0), starts)
+    return sums[sizes > 0], sizes[sizes > 0]
 
 
-def decide_at_most(found: Estimate, limit: float, alpha: float) -> Decision:
-    """Decide whether the true mean is at most `limit`."""
-    if not found.resamples:
+def _joined(parts: list[tuple[Floats, Floats]]) -> tuple[Floats, Floats]:
+    if not parts:
+        return np.empty(0), np.empty(0)
+    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+
+
+def _total(values: Floats) -> float:
+    """Return the sum, which no order changes."""
+    if np.isfinite(values).all():
+        return math.fsum(values)
+    with np.errstate(invalid="ignore"):
+        return float(values.sum())
+
+
+def _of_ratio(sums: Floats, sizes: Floats) -> float:
+    """Return the standard error of the mean, a ratio of two sums over blocks."""
+    count, total = len(sums), math.fsum(sizes)
+    apart = math.fsum((sums - math.fsum(sums) / total * sizes) ** 2)
+    return math.sqrt(apart * count / (count - 1)) / total
+
+
+def _left_out(sums: Floats, sizes: Floats) -> float:
+    """Return the standard error of the mean from those that leave out one part (a jackknife)."""
+    total, positions = math.fsum(sums), math.fsum(sizes)
+    apart = math.fsum(((total - sums) / (positions - sizes) - total / positions) ** 2)
+    return math.sqrt(apart * (len(sums) - 1) / len(sums))
+
+
+def _shrunk(hits: Floats, sizes: Floats) -> Floats:
+    """Return shares of prompts, drawn to their mean as far as a binomial explains their spread."""
+    share = math.fsum(hits) / math.fsum(sizes)
+    apart = hits / sizes - share
+    expected = math.fsum(share * (1 - share) / sizes) * (1 - 1 / len(sizes))
+    found = math.fsum(apart**2)
+    return share + max(0.0, 1 - expected / found if found > 0 else 0.0) * apart
+
+
+def decide_at_most(
+    found: Estimate, limit: float, alpha: float, worst: float | None = None
+) -> Decision:
+    """Decide whether the true mean is at most `limit`, unseen positions being at most `worst`."""
+    if not found.known:
         return Decision.UNDECIDED
-    if found.upper_bound(alpha) <= limit:
+    high = found.upper_bound(alpha) if worst is None else found.ceiling(alpha, worst)
+    if high <= limit:
         return Decision.PASS
     return Decision.FAIL if found.lower_bound(alpha) > limit else Decision.UNDECIDED
 
 
 def decide_at_least(found: Estimate, limit: float, alpha: float) -> Decision:
     """Decide whether the true mean is at least `limit`."""
-    if not found.resamples:
+    if not found.known:
         return Decision.UNDECIDED
     if found.lower_bound(alpha) >= limit:
         return Decision.PASS
     return Decision.FAIL if found.upper_bound(alpha) < limit else Decision.UNDECIDED
+
+
+def times_as_many(
+    found: Estimate, limit: float, alpha: float, worst: float | None = None
+) -> float | None:
+    """Return how many times as many positions like these would decide about a limit.
+
+    None where this sample does not tell: too few positions, a tail that cannot be followed, or a
+    mean at the limit. What is seen narrows as the root of their number, what is not, as the number.
+    """
+    if not found.known or not math.isfinite(found.mean) or found.mean == limit:
+        return None
+    slack = abs(found.mean - limit)
+    if found.mean > limit:
+        seen, unseen = found.mean - found.lower_bound(alpha), 0.0
+    else:
+        seen = found.upper_bound(alpha) - found.mean
+        unseen = 0.0 if worst is None else found.ceiling(alpha, worst) - found.mean - seen
+    if found.kind is Kind.SHARE and found.mean in (0, 1):
+        seen, unseen = 0.0, seen
+    if not math.isfinite(seen + unseen):
+        return None
+    return ((seen + math.sqrt(seen**2 + 4 * unseen * slack)) / (2 * slack)) ** 2
 
 
 def quantiles(prompts: list[torch.Tensor], shares: tuple[float, ...]) -> tuple[float, ...]:

@@ -2,7 +2,7 @@
 
 Contract:
     mean       over all positions of all prompts that are not contaminated
-    interval   95 %, over segments and over prompts; see `statistics`
+    interval   95 %, by a bootstrap of blocks: segments and prompts; see `statistics`
     perplexity exp of the mean -log p of the tokens that really follow, of the positions where both
                sides know it
     effect     the smallest true change of the mean that a sample like this one shows
@@ -202,7 +202,7 @@ def paired(
     """Estimate the mean of left - right over the positions of the prompts that both have."""
     shared: Sequence[str] = [prompt for prompt in left if prompt in right]
     differences = [left[prompt] - right[prompt] for prompt in shared]
-    return estimate(differences, seed, by_prompt=True)
+    return estimate(differences, seed, Kind.DIFFERENCE, by_prompt=True)
 
 
 def _bucket(

@@ -1,5 +1,6 @@
 """`nvfp4check agree REFERENCE_RUN CANDIDATE_RUN`: where two runs part, and whether it matters."""
 
+import math
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -93,6 +94,14 @@ def agree(
     power: Annotated[
         float, typer.Option(metavar="P", help="Probability with which an effect would be seen.")
     ] = 0.8,
+    rare_kl: Annotated[
+        float | None,
+        typer.Option(
+            metavar="NATS",
+            help="KL of a position too rare to be in the sample. [default: log of the vocabulary]",
+            show_default=False,
+        ),
+    ] = None,
     judge: Annotated[
         JudgeBy,
         typer.Option(
@@ -134,13 +143,16 @@ def agree(
     """Compare two runs: layer by layer, expert by expert, and by what they would say next.
 
     PASS, FAIL and UNDECIDED give the exit codes 0, 1 and 3. A limit is kept or broken only if a
-    one-sided interval at --alpha lies wholly on one side of it.
+    one-sided interval at --alpha lies wholly on one side of it. That --max-kl is kept allows for
+    what is too rare to be in the sample: it may be as bad as a guess, or as --rare-kl says.
     """
     if not 0 < alpha < 0.5:
         raise CheckError(f"--alpha {alpha}: give a probability above 0 and below 0.5, such as 0.05")
     if not 0.5 <= power < 1:
         raise CheckError(f"--power {power}: give a probability from 0.5 to below 1, such as 0.8")
     require_limits(max_kl, min_top1)
+    if rare_kl is not None and not 0 <= rare_kl < math.inf:
+        raise CheckError(f"--rare-kl {rare_kl}: give nats that are 0 or more, and finite")
     into = prepared_format(format, output, AgreeFormat)
 
     from nvfp4check.activations import Run
@@ -158,6 +170,7 @@ def agree(
         min_top1=min_top1,
         alpha=alpha,
         power=power,
+        rare_kl=rare_kl,
         judge=Judge(judge.value),
         head=head,
         seed=seed,

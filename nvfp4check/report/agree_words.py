@@ -69,15 +69,29 @@ def criterion_sentence(criterion: Mapping[str, Any], alpha: float) -> str:
         return f"{text}; too few positions to be sure of anything"
     low, high = (number(bound, form) for bound in bounds)
     sure = f"with {100 * (1 - alpha):.4g} % confidence"
-    if criterion["decision"] == "undecided" and not share and bounds[1] <= criterion["limit"]:
+    if criterion["decision"] == "undecided":
+        if share or bounds[1] > criterion["limit"]:
+            return f"{text}; {sure} {_undecided(criterion, low, high)}"
         return (
             f"{text}; {sure} at most {high}, but KL is known from below only, for the best tokens "
             "alone are known: that a limit is kept takes full logits"
         )
-    if criterion["decision"] == "undecided":
-        return f"{text}; {sure} each way between {low} and {high}, which more prompts would narrow"
     passes = criterion["decision"] == "pass"
     return f"{text}; {sure} at most {high}" if passes != share else f"{text}; {sure} at least {low}"
+
+
+def _undecided(criterion: Mapping[str, Any], low: str, high: str) -> str:
+    """Say between which bounds a mean lies, and what would narrow them."""
+    text = f"each way between {low} and {high}"
+    if criterion.get("allowance"):
+        text += (
+            f", {number(criterion['allowance'])} of it for what is too rare to be in this sample, "
+            f"at {number(criterion['rare_kl'])} nats a position (--rare-kl)"
+        )
+    needed = criterion.get("prompts_needed")
+    if not needed:
+        return f"{text}, which more prompts would narrow"
+    return f"{text}; some {needed:,} prompts like these would decide"
 
 
 def divergence_sentence(document: Document) -> str | None:

@@ -128,7 +128,7 @@ def test_nvfp4_leaves_the_floor_at_the_first_quantised_linear(tiny_run: TinyRun)
 
 @pytest.mark.parametrize(
     ("max_kl", "decision"),
-    [(0.2, Decision.PASS), (0.005, Decision.FAIL), (None, Decision.UNDECIDED)],
+    [(4.0, Decision.PASS), (0.005, Decision.FAIL), (None, Decision.UNDECIDED)],
 )
 def test_a_limit_decides(tiny_run: TinyRun, max_kl: float | None, decision: Decision) -> None:
     reference, candidate = tiny_run("bf16"), tiny_run("nvfp4")
@@ -174,7 +174,7 @@ def test_transformers_on_the_same_weights_agrees(tiny_run: TinyRun) -> None:
     mine = tiny_run("bf16")
     shared = [p for p in mine.info.prompts if p.id.startswith("prompt")]
 
-    options = AgreeOptions(max_kl=1e-9, noise=(narrowed(noise, shared),))
+    options = AgreeOptions(max_kl=1e-9, rare_kl=0.0, noise=(narrowed(noise, shared),))
     result = agree(golden, narrowed(mine, shared), options)
 
     assert result.verdict is Decision.PASS

@@ -52,7 +52,9 @@ def test_a_run_agrees_with_itself(run: Run) -> None:
 @pytest.mark.parametrize(
     ("limits", "code"),
     [
-        (["--max-kl", "0.5"], 0),
+        (["--max-kl", "4"], 0),
+        (["--max-kl", "0.5", "--rare-kl", "0"], 0),
+        (["--max-kl", "0.5"], 3),
         (["--max-kl", "0.0001"], 1),
         (["--min-top1", "0.9999"], 1),
         ([], 3),
@@ -118,6 +120,8 @@ def test_what_was_not_recorded_forbids_a_pass(run: Run, runs: Path, tmp_path: Pa
         (("agree", GOLDEN, GOLDEN, "--alpha", "2"), "below 0.5"),
         (("agree", GOLDEN, GOLDEN, "--alpha", "nan"), "below 0.5"),
         (("agree", GOLDEN, GOLDEN, "--power", "0.1"), "from 0.5 to below 1"),
+        (("agree", GOLDEN, GOLDEN, "--rare-kl", "-1"), "0 or more"),
+        (("agree", GOLDEN, GOLDEN, "--rare-kl", "nan"), "and finite"),
         (("agree", GOLDEN, GOLDEN, "--max-kl", "inf"), "and finite"),
         (("agree", GOLDEN, GOLDEN, "--min-top1", "95"), "0.95 for 95 %"),
         (("agree", GOLDEN, GOLDEN, "--seed", "9" * 20), "2**63 - 1"),
