@@ -165,3 +165,36 @@ def test_fused_groups_are_those_that_engines_concatenate() -> None:
     assert FUSED_GROUPS["gate_up_proj"] == ("gate_proj", "up_proj")
     members = [member for group in FUSED_GROUPS.values() for member in group]
     assert len(members) == len(set(members))
+
+
+@pytest.mark.parametrize(
+    ("shape", "scale", "tiles"),
+    [
+        ((256, 384), (2, 3), (2, 3)),
+        ((256, 384), (2, 1, 3, 1), (2, 3)),
+        ((192, 96), (2, 1), (2, 1)),
+        ((100, 100), (1, 1), (1, 1)),
+        ((256, 384), (256, 1), None),
+        ((256, 384), (256,), None),
+        ((256, 384), (), None),
+        ((256, 384), (3, 2), None),
+        ((256, 384), (2, 3, 1, 1), None),
+        ((2, 256, 384), (2, 3), None),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_the_shape_of_fp8s_scales_says_what_they_are_for(
+    shape: tuple[int, ...], scale: tuple[int, ...], tiles: tuple[int, ...] | None, dtype: str
+) -> None:
+    [weight] = gathered(weight=("F8_E4M3", shape), weight_scale=(dtype, scale)).values()
+    assert weight.format is (WeightFormat.FP8 if tiles is None else WeightFormat.FP8_BLOCK)
+    assert weight.layout is Layout.MODELOPT
+    entry = weight.parts[Part.SCALE if tiles is None else Part.SCALE_INV]
+    assert (entry.name, entry.shape) == ("m.weight_scale", tiles or scale)
+
+
+def test_deepseeks_scale_is_not_taken_for_another() -> None:
+    parts = {"weight": ("F8_E4M3", (256, 384)), "weight_scale": ("F32", (2, 3))}
+    [weight] = gathered(**parts, weight_scale_inv=("F32", (2, 3))).values()
+    assert weight.parts[Part.SCALE_INV].name == "m.weight_scale_inv"
+    assert weight.parts[Part.SCALE].name == "m.weight_scale"

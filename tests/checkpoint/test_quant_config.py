@@ -14,6 +14,8 @@ from nvfp4check.checkpoint.quant_config import (
     from_hf_quant_config,
 )
 
+MODULE = "model.layers.0.mlp.up_proj"
+
 
 def config_of(goldens: Path, name: str) -> QuantConfig:
     return from_config(json.loads((goldens / "configs" / f"{name}_config.json").read_text()))
@@ -103,6 +105,43 @@ def test_compressed_tensors_groups_have_their_targets(goldens: Path) -> None:
     assert quantization.algo_of("layers.3.ffn.gate") is None
     assert quantization.stores_input_scale("layers.3.ffn.experts.7.gate_proj")
     assert not quantization.stores_input_scale("layers.3.attn.wq_b")
+
+
+@pytest.mark.parametrize("algo", ["fp8_pb_wo", "FP8_PB_WO", "fp8_pb_real", "FP8_BLOCK_SCALES"])
+def test_modelopts_fp8_in_tiles_has_one_name_and_no_input_scale(algo: str) -> None:
+    for declared in ({"quant_algo": algo}, {"quantized_layers": {MODULE: {"quant_algo": algo}}}):
+        quantization = from_hf_quant_config({"quantization": declared})
+        assert quantization.algo_of(MODULE) == "FP8_BLOCK"
+        assert not quantization.stores_input_scale(MODULE)
+
+
+def test_modelopts_fp8_by_channel_and_token_stores_no_input_scale() -> None:
+    declared = {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}
+    assert not from_hf_quant_config({"quantization": declared}).stores_input_scale(MODULE)
+    assert from_hf_quant_config({"quantization": {"quant_algo": "FP8"}}).stores_input_scale(MODULE)
+
+
+@pytest.mark.parametrize(
+    ("weights", "algo", "block"),
+    [
+        ({"strategy": "block", "block_structure": [128, 128]}, "FP8_BLOCK", (128, 128)),
+        ({"strategy": "block", "block_structure": [64, 32]}, "FP8_BLOCK", (64, 32)),
+        ({"strategy": "block", "block_structure": [128]}, "FP8_BLOCK", None),
+        ({"strategy": "channel"}, "FP8", None),
+        ({"strategy": "tensor", "type": "int"}, "mixed-precision", None),
+        ({"strategy": "channel", "num_bits": 4}, "mixed-precision", None),
+    ],
+)
+def test_a_group_of_a_mixture_is_known_by_its_numbers_where_it_names_no_format(
+    weights: dict[str, Any], algo: str, block: tuple[int, int] | None
+) -> None:
+    group = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", **weights}}
+    declared = {"quant_method": "compressed-tensors", "format": "mixed-precision"}
+    declared["config_groups"] = {"group_0": group}
+    quantization = from_config({"quantization_config": declared})
+    assert quantization.algo_of(MODULE) == algo
+    assert quantization.weight_block_size == block
+    assert bool(quantization.problems) == (weights.get("block_structure") == [128])
 
 
 def test_integer_quantisation_is_named_by_its_format(goldens: Path) -> None:

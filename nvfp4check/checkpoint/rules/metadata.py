@@ -197,11 +197,13 @@ def _contradicting_excludes(
     "group-size",
     Severity.ERROR,
     fires_when="the declared group size of NVFP4 is not 16, or is missing",
-    why="NVFP4 has one scale for 16 elements, and no other size. vLLM refuses an "
-    "hf_quant_config.json without group_size; an engine that believes 32 takes every second "
-    "scale for its neighbour's.",
-    repair='Set "group_size": 16 where it is declared. If the scales really have another block '
-    "size (NV108, NV207), the weights must be quantised again.",
+    why="NVFP4 has one scale for 16 elements, and no other size. An engine that believes 32 takes "
+    "every second scale for its neighbour's. ModelOpt 0.47 leaves group_size out of exports with "
+    "AWQ, whose blocks are of 16 like all; readers then refuse the file (vLLM, of "
+    "hf_quant_config.json) or choose a number: mostly 16, ModelOpt's own converter 128 for a layer "
+    "of NVFP4_AWQ among others.",
+    repair='Set "group_size": 16 beside quant_algo, or where it is declared. If the scales really '
+    "have another block size (NV108, NV207), the weights must be quantised again.",
 )
 def group_size(context: RuleContext) -> Iterator[Problem]:
     """Check every place that declares a group size for NVFP4."""
@@ -212,8 +214,10 @@ def group_size(context: RuleContext) -> Iterator[Problem]:
                 continue
             found = "is missing" if size is None else f"is {printable(repr(size), 60)}"
             places = f" ({count:,} times)" if count > 1 else ""
+            refused = size is None and file == HF_QUANT_CONFIG
+            advice = "; vLLM refuses the file without it" if refused else ""
             yield Problem(
-                f"{file}: {where} {found}{places}, expected {BLOCK_SIZE}",
+                f"{file}: {where} {found}{places}, expected {BLOCK_SIZE}{advice}",
                 shard=file,
                 count=count,
                 observed=size if isinstance(size, (int, float, str)) else None,
