@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -124,24 +125,26 @@ def compile_kernel(source: KernelSource, arch: Architecture) -> Compiled:
             f"{source.name}: the signature gives {', '.join(names)}; missing "
             f"{', '.join(missing) or 'none'}, unknown {', '.join(unknown) or 'none'}"
         )
+    compiled = ASTSource(
+        fn=source.function,
+        signature=dict(source.signature),
+        constexprs=dict(source.constants),
+        attrs={
+            (names.index(name),): [["tt.divisibility", _ALIGNMENT]]
+            for name in sorted(source.aligned)
+        },
+    )
+    options = {
+        "num_warps": source.warps,
+        "num_stages": source.stages,
+        "enable_fp_fusion": False,
+    }
     try:
-        kernel = triton.compile(
-            ASTSource(
-                fn=source.function,
-                signature=dict(source.signature),
-                constexprs=dict(source.constants),
-                attrs={
-                    (names.index(name),): [["tt.divisibility", _ALIGNMENT]]
-                    for name in sorted(source.aligned)
-                },
-            ),
-            target=GPUTarget("cuda", arch.capability, _WARP),
-            options={
-                "num_warps": source.warps,
-                "num_stages": source.stages,
-                "enable_fp_fusion": False,
-            },
-        )
+        with warnings.catch_warnings():
+            # Triton 3.7 builds syntax trees in a way that Python 3.13 deprecates.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            target = GPUTarget("cuda", arch.capability, _WARP)
+            kernel = triton.compile(compiled, target=target, options=options)
     except _COMPILER_ERRORS as error:
         raise CompileError(_first_words(error)) from error
     sass, resources = disassemble(kernel.asm["cubin"])

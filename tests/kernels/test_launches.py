@@ -15,6 +15,9 @@ from nvfp4check.kernels.registry import LAUNCHERS
 from nvfp4check.ops import OPERATIONS, resolve
 from nvfp4check.properties.law import Setting
 
+# Triton 3.7 builds syntax trees in a way that Python 3.13 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:AnnAssign:DeprecationWarning")
+
 #: Programs that the second and the third dimension of a grid hold.
 MOST = 65535
 
