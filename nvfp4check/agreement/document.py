@@ -10,6 +10,7 @@ from nvfp4check.activations import Run
 from nvfp4check.agreement.agree import AgreeResult, KlSplit, Versus
 from nvfp4check.agreement.divergence import HeldPoint
 from nvfp4check.agreement.layers import Place
+from nvfp4check.agreement.outliers import Outlier
 from nvfp4check.agreement.routing import LayerRouting
 from nvfp4check.agreement.statistics import Estimate
 from nvfp4check.agreement.summary import Bucket, Summary
@@ -116,6 +117,17 @@ def _cache(cache: CacheShare | None) -> dict[str, Any] | None:
     return {"share": cache.share, "low": low, "high": high}
 
 
+def _outlier(alone: Outlier | None) -> dict[str, Any] | None:
+    if alone is None:
+        return None
+    return {
+        **asdict(alone.place),
+        "tokens": alone.tokens,
+        "error": number(alone.error),
+        "noise": number(alone.noise),
+    }
+
+
 def _point(point: HeldPoint) -> dict[str, Any]:
     agreement = point.agreement
     worst = _place(agreement.worst)
@@ -142,6 +154,7 @@ def _point(point: HeldPoint) -> dict[str, Any]:
         "log_ratio_low": number(point.log_ratio_low),
         "excess": number(point.excess),
         "excess_low": number(point.excess_low),
+        "outlier": _outlier(point.outlier),
         "diverges": point.diverges,
         "nonfinite_reference": agreement.nonfinite_reference,
         "nonfinite_candidate": agreement.nonfinite_candidate,
@@ -271,6 +284,7 @@ def _logits(summary: Summary, result: AgreeResult, words: Words) -> dict[str, An
             "exact": tail.exact,
         },
         "noise": [logits_numbers(noise) for noise in result.noise_logits],
+        "held_against_noise": result.logits_held and _held_logits(result.logits_held),
         "by_confidence": [_bucket(bucket) for bucket in summary.by_confidence()],
         "by_position": [_bucket(bucket) for bucket in summary.by_position()],
         "kl_histogram": [list(row) for row in summary.kl_histogram()],
@@ -295,6 +309,21 @@ def _logits(summary: Summary, result: AgreeResult, words: Words) -> dict[str, An
             }
             for worst in summary.worst()
         ],
+    }
+
+
+def _held_logits(held: HeldPoint) -> dict[str, Any]:
+    """Return how logits lie to those of the noise, as square roots of KL."""
+    return {
+        "error": number(held.agreement.relative_error),
+        "floor": number(held.floor),
+        "log_ratio": number(held.log_ratio),
+        "log_ratio_low": number(held.log_ratio_low),
+        "excess": number(held.excess),
+        "excess_low": number(held.excess_low),
+        "outlier": _outlier(held.outlier),
+        "diverges": held.diverges,
+        "first": _place(held.place),
     }
 
 

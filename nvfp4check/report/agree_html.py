@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nvfp4check.report import agree_plots as plots
+from nvfp4check.report import agree_points as points
 from nvfp4check.report import agree_rows as table
 from nvfp4check.report import agree_words as words
 from nvfp4check.report.agree_text import MARK, SHARES, tables
@@ -15,7 +16,7 @@ _TONES = {"pass": "pass", "fail": "fail", "undecided": "incomplete"}
 
 def agree_html(document: Mapping[str, Any]) -> str:
     """Return the page."""
-    logits = document["logits"]
+    logits, parting = document["logits"], points.parting_layer(document)
     lines = [plots.error_plot(document)]
     bars = []
     if logits:
@@ -42,6 +43,11 @@ def agree_html(document: Mapping[str, Any]) -> str:
         bars=bars,
         heat=plots.flip_map(document),
         tables=[table for table in tables(document) if table[2]],
+        points=points.point_rows(document),
+        point_headers=points.POINT_HEADERS,
+        point_legend=points.POINT_LEGEND,
+        parting=parting,
+        parting_points=points.point_rows(document, parting) if parting is not None else [],
         prompts=table.prompt_rows(document) if logits else [],
         prompt_headers=table.PROMPT_HEADERS,
         notes=list(words.logit_notes(document)) if logits else [],

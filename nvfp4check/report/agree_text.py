@@ -5,6 +5,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from nvfp4check.report import agree_points as points
 from nvfp4check.report import agree_rows as table
 from nvfp4check.report import agree_words as words
 from nvfp4check.report.validate_markdown import markdown
@@ -40,6 +41,11 @@ def _text(document: Mapping[str, Any]) -> Iterator[str]:
     if document["layers"]:
         yield MARK
         yield SHARES
+    if (layer := points.parting_layer(document)) is not None:
+        yield ""
+        yield f"Layer {layer}, where they part"
+        yield _table(points.point_rows(document, layer), points.POINT_HEADERS, "simple")
+        yield points.POINT_LEGEND
     if document["logits"]:
         yield ""
         yield from words.logit_notes(document)
@@ -73,6 +79,14 @@ def _markdown(document: Mapping[str, Any]) -> Iterator[str]:
     if document["layers"]:
         yield ""
         yield f"{markdown(MARK)}. {SHARES}."
+    if (layer := points.parting_layer(document)) is not None:
+        yield ""
+        yield f"### Layer {layer}, where they part"
+        yield ""
+        rows = [tuple(map(markdown, row)) for row in points.point_rows(document, layer)]
+        yield _table(rows, points.POINT_HEADERS, "pipe")
+        yield ""
+        yield f"{points.POINT_LEGEND}."
     if document["logits"]:
         yield ""
         yield from map(markdown, words.logit_notes(document))
@@ -102,7 +116,9 @@ def tables(
 ) -> Iterator[tuple[str, Sequence[str], Sequence[words.Row]]]:
     """Return each table: its name, headers and rows."""
     if document["logits"]:
-        yield "Logits", table.LOGIT_HEADERS, table.logit_rows(document)
+        shown = None if document["noise"] else -1  # no column for what is not there
+        rows = [row[:shown] for row in table.logit_rows(document)]
+        yield "Logits", table.LOGIT_HEADERS[:shown], rows
         yield "Logits by confidence", table.BUCKET_HEADERS, table.bucket_rows(document)
         yield "Worst positions", table.WORST_HEADERS, table.worst_rows(document)
     yield "Layers: relative error", table.LAYER_HEADERS, table.layer_rows(document)

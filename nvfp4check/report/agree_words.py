@@ -146,6 +146,17 @@ def logit_notes(document: Document) -> Iterator[str]:
         f"by {number(logits['top1_smallest_effect'], '%')}, would be seen with "
         f"{document['power']:.0%} probability at alpha {document['alpha']:g}."
     )
+    judged = {criterion["what"] for criterion in document["criteria"]}
+    if "layers within their derived bounds" in judged and not any("logits" in j for j in judged):
+        yield (
+            "The verdict rests on layers alone: the norm and the head behind them have no bound; "
+            "--noise, --max-kl and --min-top1 judge logits."
+        )
+    if (document["logits"].get("held_against_noise") or {}).get("diverges"):
+        yield (
+            "Logits lie beyond those of the noise: where every layer is within, it is the norm, "
+            "the head, or what became of the logits afterwards."
+        )
     if prompts == 1:
         yield "One prompt: the intervals speak of that text, and not of how others would do."
     if logits["positions"] >= 3:

@@ -264,3 +264,78 @@ def test_the_histogram_of_kl_shows_the_decades_that_occur_and_one_beside_them() 
     assert plot.ticks == ("1e\u221212", "1e\u221211", "1e\u221210", "1e\u22129")
     assert plot.scale == (("0", 100.0), ("5", 58.33), ("10", 16.67))
     assert plot.bars[2].height == 100
+
+
+def test_the_layer_where_runs_part_is_shown_point_by_point(agreement: Document) -> None:
+    agreement["layers"][1] |= {
+        "worst": {"prompt": "p", "token": 7, "relative_error": 0.75},
+        "outlier": {"prompt": "p", "token": 7, "tokens": 1, "error": 0.75, "noise": 0.0125},
+    }
+
+    text, page = (render(agreement, form) for form in (Format.TEXT, Format.HTML))
+
+    shown = text.partition("Layer 1, where they part")[2]
+    (row,) = [line for line in shown.splitlines() if line.startswith("1        mlp_output")]
+    assert "30.0 dB" in row
+    assert "p, 7: 0.75" in row
+    assert "noise floor, 0.001" in row
+    assert "1 token farther than noise takes any (p, 7): 0.75, noise at most 0.0125" in row
+    assert "Layer 1, where they part" in page
+    assert "All 3 points" in page
+
+
+def test_runs_that_do_not_part_have_no_such_layer(agreement: Document) -> None:
+    agreement["first_divergence"] = None
+
+    assert "where they part" not in render(agreement, Format.TEXT)
+    assert "where they part" not in render(agreement, Format.MARKDOWN)
+    assert "All 3 points" in render(agreement, Format.HTML)
+
+
+def test_a_point_beyond_its_bound_says_at_how_many_tokens(agreement: Document) -> None:
+    agreement["layers"][1] |= {
+        "held_against": "bound",
+        "bound": 0.25,
+        "bound_ratio": 2.5,
+        "bound_tokens": 146,
+        "bound_exceeding": 3,
+    }
+
+    shown = render(agreement, Format.TEXT).partition("where they part")[2]
+
+    assert "bound, 0.25" in shown
+    assert "beyond at 3 of 146 tokens" in shown
+
+
+LOGITS = {
+    **dict.fromkeys(
+        ("kl_mean", "kl_median", "kl_p95", "kl_p99", "kl_p999", "kl_max", "kl_reverse_mean"), 0.5
+    ),
+    **dict.fromkeys(("jsd_mean", "top1", "top5_overlap", "top10_overlap", "delta_p_rms"), 0.25),
+    **dict.fromkeys(("ppl_reference", "ppl_candidate", "ppl_log_ratio"), 3.0),
+    **dict.fromkeys(("kl_ci95", "top1_ci95"), (0.125, 0.75)),
+    **dict.fromkeys(("kl_smallest_effect", "top1_smallest_effect"), 0.5),
+    **dict.fromkeys(("by_confidence", "by_position", "kl_histogram", "by_prompt", "worst"), ()),
+    **{"positions": 10, "segments": 4, "contaminated": 0, "kl_infinite": 0, "best_only": None},
+}
+
+
+def test_a_column_of_noise_is_shown_where_there_is_noise(agreement: Document) -> None:
+    agreement["logits"] = {**LOGITS, "noise": []}
+    without = render(agreement, Format.TEXT)
+    agreement["noise"] = [agreement["reference"]]
+    agreement["logits"] = {**LOGITS, "noise": [LOGITS]}
+    with_noise = render(agreement, Format.TEXT)
+
+    assert "noise floor" not in without.partition("\nLogits\n")[2].splitlines()[0]
+    assert "noise floor" in with_noise.partition("\nLogits\n")[2].splitlines()[0]
+
+
+def test_a_verdict_by_bounds_says_that_logits_are_not_judged(agreement: Document) -> None:
+    agreement["logits"] = {**LOGITS, "noise": []}
+    bounds = {**agreement["criteria"][0], "what": "layers within their derived bounds"}
+    agreement["criteria"] = [{**bounds, "limit": None}]
+
+    assert "The verdict rests on layers alone" in render(agreement, Format.TEXT)
+    agreement["criteria"].append({**bounds, "what": "logits within the noise floor", "limit": None})
+    assert "The verdict rests on layers alone" not in render(agreement, Format.TEXT)
