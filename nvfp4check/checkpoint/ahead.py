@@ -7,6 +7,7 @@ taken never holds more than `AHEAD_BYTES` beside the largest single range.
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Self
 
@@ -72,9 +73,9 @@ class Ahead:
         """Have the storage below do it."""
         self._storage.gather(name, ranges)
 
-    def give_up(self) -> None:
+    def giving_up(self) -> AbstractContextManager[None]:
         """Have the storage below do it."""
-        self._storage.give_up()
+        return self._storage.giving_up()
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         """Read bytes `start` to `stop` of a file; ranges of the plan before it are passed over.
@@ -108,10 +109,8 @@ class Ahead:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        if kind is not None:
-            self._storage.give_up()
-        self._pool.shutdown(wait=True)
+        with nullcontext() if kind is None else self.giving_up():
+            self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 class RangedBytes:

@@ -10,7 +10,8 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -83,6 +84,7 @@ class Patience:
         self.reached = reached
         self._not_before = self._told_until = float("-inf")
         self._round = _Round()
+        self._nobody_takes = 0
         self._lock = threading.Lock()
 
     def run(self, what: str, action: Callable[[], Result]) -> Result:
@@ -91,7 +93,10 @@ class Patience:
         Raises:
             CheckError: every attempt failed, here or in a request beside this one.
         """
-        retry, together = self.retry, self._round
+        with self._lock:
+            retry, together, taken = self.retry, self._round, not self._nobody_takes
+        if not taken:
+            raise CheckError(f"{what}: {_GIVEN_UP}")
         delay = retry.first_delay
         attempt = 0
         while True:
@@ -112,9 +117,17 @@ class Patience:
                 return result
             delay *= 2
 
-    def give_up(self) -> None:
-        """End what waits: nobody will take its result."""
-        self._end(self._round, "given up, as the requests beside it")
+    @contextmanager
+    def giving_up(self) -> Iterator[None]:
+        """End what waits, and what begins meanwhile: nobody will take its result."""
+        with self._lock:
+            self._nobody_takes += 1
+            self._close(_GIVEN_UP)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._nobody_takes -= 1
 
     def _why_no_more(self, error: PassingError, attempt: int) -> str | None:
         if error.delay is not None and error.delay > _LONGEST_ASKED:
@@ -127,9 +140,12 @@ class Patience:
     def _end(self, together: _Round, why: str) -> None:
         with self._lock:
             if self._round is together:
-                together.why = why
-                together.over.set()
-                self._round = _Round()
+                self._close(why)
+
+    def _close(self, why: str) -> None:
+        self._round.why = why
+        self._round.over.set()
+        self._round = _Round()
 
     def _leave_alone(self, what: str, seconds: float) -> None:
         with self._lock:
@@ -159,5 +175,6 @@ def _anew(retry: Retry, reached: bool) -> Patience:
     return Patience(retry, reached=reached)
 
 
+_GIVEN_UP = "given up, as a request beside it failed"
 _SPELLING = "; check the spelling of the address and the network"
 _LATER = "; run again later, validate with --resume to go on where it stopped"

@@ -8,7 +8,7 @@ another attempt can help. No more is ever taken from a server than was asked of 
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 from nvfp4check.checkpoint.patience import PassingError, Patience, Retry
@@ -140,9 +140,9 @@ class RemoteStorage:
     def _try(self, what: str, action: Callable[[], Result]) -> Result:
         return self._patience.run(what, action)
 
-    def give_up(self) -> None:
-        """End reads that wait for the server: nobody will take them."""
-        self._patience.give_up()
+    def giving_up(self) -> AbstractContextManager[None]:
+        """End reads that wait for the server, as long as the context is open."""
+        return self._patience.giving_up()
 
     @contextmanager
     def _side_by_side(self) -> Iterator[ThreadPoolExecutor]:
@@ -153,8 +153,8 @@ class RemoteStorage:
             except StorageError:  # a file's fault, and not the server's
                 raise
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                self.give_up()
+                with self.giving_up():
+                    pool.shutdown(wait=True, cancel_futures=True)
                 raise
 
     def _find(self) -> dict[str, int]:

@@ -8,6 +8,7 @@ import mmap
 import os
 import stat
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -68,8 +69,8 @@ class Storage(Protocol):
         """
         ...
 
-    def give_up(self) -> None:
-        """End reads of other threads that wait for a server: nobody will take them."""
+    def giving_up(self) -> AbstractContextManager[None]:
+        """End reads that wait for a server, as long as the context is open: nobody takes them."""
         ...
 
     def version(self, name: str) -> str:
@@ -240,8 +241,9 @@ class LocalStorage:
     def gather(self, name: str, ranges: Iterable[Range]) -> None:
         """Do nothing: here no read waits."""
 
-    def give_up(self) -> None:
+    def giving_up(self) -> AbstractContextManager[None]:
         """Do nothing: here no read waits."""
+        return nullcontext()
 
     def version(self, name: str) -> str:
         """The file's time of change, in nanoseconds."""

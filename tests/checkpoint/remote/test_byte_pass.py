@@ -6,6 +6,7 @@ import sys
 import textwrap
 import zlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -244,6 +245,7 @@ class Counted:
 
     def __init__(self) -> None:
         self.reads: list[tuple[int, int]] = []
+        self.given_up = 0
 
     def list(self) -> dict[str, int]:
         return {"shard": 1 << 40}
@@ -257,8 +259,9 @@ class Counted:
     def gather(self, name: str, ranges: object) -> None:
         """Nothing waits here."""
 
-    def give_up(self) -> None:
-        """Nothing waits here."""
+    def giving_up(self) -> AbstractContextManager[None]:
+        self.given_up += 1
+        return nullcontext()
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         self.reads.append((start, stop))
@@ -286,6 +289,15 @@ def test_reading_ahead_passes_over_what_is_not_taken_and_reads_what_is_not_plann
         with pytest.raises(StorageError, match="torn"):
             ahead.read("shard", 13 << 20, 14 << 20)
         assert ahead.read("shard", 19 << 20, 20 << 20)[:1] == b"\x13"
+    assert counted.given_up == 0
+
+
+def test_what_was_read_ahead_is_given_up_where_the_work_failed() -> None:
+    counted = Counted()
+    plan = [FileRange("shard", at << 20, (at + 1) << 20) for at in range(20)]
+    with pytest.raises(StorageError, match="torn"), Ahead(counted, plan) as ahead:
+        ahead.read("shard", 13 << 20, 14 << 20)
+    assert counted.given_up == 1
 
 
 def test_slices_of_a_tensor_that_is_read_in_pieces_are_its_bytes(tmp_path: Path) -> None:

@@ -268,6 +268,17 @@ def test_a_server_that_was_there_is_waited_for(server: SimpleNamespace, closed_p
     assert delays == [1.0, 2.0, 4.0]
 
 
+def test_files_asked_for_side_by_side_are_given_up_together(server: SimpleNamespace) -> None:
+    woken: list[bool] = []
+    retry = Retry(wait=lambda over, seconds: woken.append(over.wait(600)))
+    server.faulty = lambda path, span: True
+    server.plan = lambda path, span, time: 403 if path == f"/{CONFIG}" else 503
+    with pytest.raises(CheckError, match="status 403"):
+        HttpStorage(server.url, retry).list()
+    assert all(woken)
+    assert max(server.asked.values()) == 1
+
+
 def test_a_document_beyond_the_limit_is_not_downloaded(
     serve: Callable[[Path], SimpleNamespace], tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from nvfp4check.checkpoint.connections import Timeouts
 from nvfp4check.checkpoint.opening import open_checkpoint
 from nvfp4check.checkpoint.patience import Retry
 from nvfp4check.checkpoint.remote_http import HttpStorage
@@ -94,7 +95,7 @@ def secure(
 def test_a_certificate_that_nobody_vouches_for_is_refused_at_once(secure: SimpleNamespace) -> None:
     delays: list[float] = []
     with pytest.raises(CheckError, match=r"certificate cannot be trusted.*SSL_CERT_FILE"):
-        HttpStorage(secure.url, patient(delays)).list()
+        HttpStorage(secure.url, patient(delays), Timeouts(connect=600.0, read=600.0)).list()
     assert delays == []
 
 

@@ -123,9 +123,12 @@ def test_who_gives_up_wakes_what_waits() -> None:
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(patience.run, "x", action)
         under_way.wait()
-        patience.give_up()
-        with pytest.raises(CheckError, match="given up"):
-            waiting.result()
+        with patience.giving_up():
+            with pytest.raises(CheckError, match="given up"):
+                waiting.result()
+            with pytest.raises(CheckError, match="y: given up"):
+                patience.run("y", action)
+    assert patience.run("z", lambda: "done") == "done"
 
 
 def test_a_copy_knows_that_the_server_was_reached_and_nothing_else() -> None:
