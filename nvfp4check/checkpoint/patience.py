@@ -112,6 +112,9 @@ class Patience:
                 asked = max(error.delay or 0.0, 0.0)
                 self._leave_alone(what, asked)
                 self._wait(together, asked + retry.jittered(delay))
+            except CheckError as error:  # waiting does not help: not here, nor beside
+                self._end(together, str(error))
+                raise
             else:
                 self.reached = True
                 return result

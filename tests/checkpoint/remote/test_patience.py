@@ -91,6 +91,23 @@ def test_requests_that_wait_end_with_the_reason_of_the_one_that_was_given_up() -
     assert patience.run("later", failing(None, None)) == "done"
 
 
+def test_requests_that_wait_end_with_the_reason_of_one_for_which_waiting_does_not_help() -> None:
+    waits = Waits()
+    patience = waits.patience()
+
+    def refused() -> None:
+        raise CheckError("beside: refused")
+
+    def beside() -> None:
+        with pytest.raises(CheckError, match="beside: refused"):
+            patience.run("beside", refused)
+
+    waits.meanwhile = [beside]
+    with pytest.raises(CheckError, match="beside: refused"):
+        patience.run("x", failing(None, None))
+    assert waits == [1]
+
+
 def test_a_server_that_asks_for_too_long_is_not_waited_for() -> None:
     waits = Waits()
     with pytest.raises(CheckError, match="busy, and asks to wait for 3,600 seconds; run again"):
