@@ -55,6 +55,9 @@ MTP_FOLDER = "mtp"
 #: What a layer of multi-token prediction gives at its end, beside its points.
 MTP_ENDS = {"final_hidden": FINAL_HIDDEN_FILE, "logits": LOGITS_FILE}
 
+#: More layers than any model has.
+MOST_LAYERS = 1 << 12
+
 #: Experts of a layer, where a run does not say how many there are: more than any model has.
 MOST_EXPERTS = 1 << 16
 
@@ -79,6 +82,7 @@ class Run:
             CheckError: There is no run, or it is not complete.
         """
         path = Path(path)
+        _require_kinds(path)
         try:
             document = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
             info = RunInfo.from_json(document)
@@ -87,7 +91,7 @@ class Run:
                 f"{path}: no {RUN_FILE}; give a directory that `nvfp4check forward` or "
                 "`nvfp4check.capture` wrote"
             ) from None
-        except (OSError, ValueError, AttributeError, TypeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckError(f"{path / RUN_FILE}: not a run: {error}") from error
         if not info.complete and not incomplete:
             raise CheckError(
@@ -104,7 +108,13 @@ class Run:
     def layers(self) -> tuple[int, ...]:
         """The layers that have recorded points."""
         files = (self.path / LAYERS_FOLDER).glob("*.safetensors")
-        return tuple(sorted(int(file.stem) for file in files if file.stem.isdecimal()))
+        found = tuple(sorted(int(file.stem) for file in files if file.stem.isdecimal()))
+        if found and found[-1] >= MOST_LAYERS:
+            raise CheckError(
+                f"{self.path / LAYERS_FOLDER}: holds a layer {found[-1]}, expected numbers below "
+                f"{MOST_LAYERS}"
+            )
+        return found
 
     @property
     def own_layers(self) -> tuple[int, ...]:
@@ -116,9 +126,16 @@ class Run:
         """Return the tokens of a prompt, int64 [T].
 
         Raises:
-            CheckError: The run holds none.
+            CheckError: The run holds none, or another number of them than it says.
         """
-        return self._tensor(self.path / TOKENS_FILE, prompt, rank=1, whole=True)
+        found = self._tensor(self.path / TOKENS_FILE, prompt, rank=1, whole=True)
+        said = next((info.tokens for info in self.info.prompts if info.id == prompt), len(found))
+        if len(found) != said:
+            raise CheckError(
+                f"{self.path / TOKENS_FILE}: holds {len(found):,} tokens of prompt {prompt!r}, and "
+                f"{RUN_FILE} says {said:,}"
+            )
+        return found
 
     @property
     def has_logits(self) -> bool:
@@ -273,6 +290,23 @@ class Run:
             return list(tensors.keys())
 
 
+def _require_kinds(run: Path) -> None:
+    """Refuse a part of a run that is a pipe, a link in a circle, or a folder for a file.
+
+    Raises:
+        CheckError: One is.
+    """
+    for names, kind, fits in (
+        ((RUN_FILE, TOKENS_FILE, LOGITS_FILE, FINAL_HIDDEN_FILE), "file", Path.is_file),
+        ((LAYERS_FOLDER, BOUNDS_FOLDER, MTP_FOLDER), "folder", Path.is_dir),
+    ):
+        for path in (run / name for name in names):
+            if os.path.lexists(path) and not fits(path):
+                raise CheckError(
+                    f"{path}: is no {kind} and leads to none, so that it cannot be part of a run"
+                )
+
+
 def _require_form(where: str, tensor: "torch.Tensor", rank: int, *, whole: bool) -> None:
     """Check what kind of numbers a tensor of a run holds, and in how many dimensions.
 
@@ -298,7 +332,7 @@ def opened(file: Path) -> Any:
 
     try:
         return safe_open(file, framework="pt")
-    except (FileNotFoundError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise CheckError(f"{file}: cannot be read as part of a run: {error}") from error
 
 

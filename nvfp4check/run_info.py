@@ -71,6 +71,8 @@ class RunInfo:
         Raises:
             ValueError: The document is not a run.json of this schema.
         """
+        if not isinstance(document, Mapping):
+            raise ValueError("no JSON object")
         if document.get("schema") != SCHEMA:
             raise ValueError(f"schema {document.get('schema')!r}, expected {SCHEMA!r}")
         known = {entry.name for entry in fields(cls)}
@@ -83,11 +85,15 @@ class RunInfo:
                 PromptInfo(id=str(p["id"]), tokens=int(p["tokens"]), text=p.get("text"))
                 for p in prompts
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"a prompt without id or number of tokens ({error})") from error
         if values.get("layers") is not None:
-            first, stop = values["layers"]
-            values["layers"] = (int(first), int(stop))
+            layers = values["layers"]
+            if not _whole(layers) or len(layers) != 2:
+                raise ValueError(
+                    f"layers {layers!r}, expected the first and the one after the last"
+                )
+            values["layers"] = tuple(layers)
         ids = [prompt.id for prompt in values["prompts"]]
         if len(set(ids)) < len(ids):
             raise ValueError("a prompt id occurs twice")
@@ -99,8 +105,14 @@ class RunInfo:
                 raise ValueError(f"{name} is no text")
         if any(not isinstance(prompt.text, str | None) for prompt in values["prompts"]):
             raise ValueError("the text of a prompt is no text")
-        if type(values.get("mtp", 0)) is not int:
+        if not _whole([values.get("mtp", 0)]):
             raise ValueError("mtp is no number of layers")
+        if values.get("seed") is not None and not _whole([values["seed"]]):
+            raise ValueError("seed is no whole number")
+        if not isinstance(values.get("complete", False), bool):
+            raise ValueError("complete is neither true nor false")
+        if any(prompt.tokens < 0 for prompt in values["prompts"]):
+            raise ValueError("a prompt has fewer than 0 tokens")
         ranks = values.get("ranks")
         if ranks is not None and (type(ranks) is not int or ranks < 1):
             raise ValueError("ranks is no number of processes")
@@ -111,3 +123,8 @@ class RunInfo:
         if not isinstance(inputs, dict | None):
             raise ValueError("inputs is no object")
         return cls(**values)
+
+
+def _whole(values: object) -> bool:
+    """Tell whether something is a list of whole numbers that are not below 0."""
+    return isinstance(values, list | tuple) and all(type(n) is int and n >= 0 for n in values)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,8 @@ def test_a_view_into_another_tensor_is_written_as_its_own_values(tmp_path: Path)
     ("text", "message"),
     [
         ("{", "not a run"),
-        ("[]", "not a run"),
+        ("[]", "not a run: no JSON object"),
+        ("[" * 100_000, "not a run: maximum recursion depth"),
         *(
             (json.dumps({**FINISHED, field: []}), f"not a run: {field} is no object")
             for field in ("checkpoint", "config", "versions")
@@ -99,6 +101,12 @@ def test_a_view_into_another_tensor_is_written_as_its_own_values(tmp_path: Path)
                 ({"bounds": [["float32"]]}, "bounds is no list"),
                 ({"inputs": [1]}, "inputs is no object"),
                 ({"mtp": "1"}, "mtp is no number"),
+                ({"seed": "x"}, "seed is no whole number"),
+                ({"complete": "no"}, "complete is neither"),
+                ({"layers": [1, 2, 3]}, "layers .1, 2, 3., expected the first and"),
+                ({"layers": "ab"}, "layers 'ab', expected"),
+                ({"prompts": [{"id": "a", "tokens": -5}]}, "a prompt has fewer than 0 tokens"),
+                ({"prompts": [{"id": "a", "tokens": float("inf")}]}, ".*without id or number"),
             )
         ),
         ('{"schema": "nvfp4check/run/9"}', "expected 'nvfp4check/run/1'"),
@@ -204,6 +212,49 @@ def test_a_bound_that_nothing_could_exceed_is_refused(wrong: list[float], run: P
 
     with pytest.raises(CheckError, match="expected a number from 0 on for each of 2 tokens"):
         Run.open(run).bound(0, "a/b", "hidden", "float32")
+
+
+@pytest.mark.parametrize("name", ["run.json", "tokens.safetensors", "logits.safetensors", "layers"])
+@pytest.mark.parametrize("kind", ["circle", "pipe"])
+def test_a_part_that_is_a_circle_of_links_or_a_pipe_is_refused(
+    name: str, kind: str, run: Path
+) -> None:
+    file = run / name
+    if file.is_dir():
+        shutil.rmtree(file)
+    file.unlink(missing_ok=True)
+    if kind == "circle":
+        file.symlink_to(file)
+    else:
+        os.mkfifo(file)
+
+    with pytest.raises(CheckError, match=f"{name}: is no (file|folder) and leads to none"):
+        Run.open(run)
+
+
+def test_a_folder_in_the_place_of_a_layer_is_refused(run: Path) -> None:
+    layer_file(run, 1).mkdir()
+
+    with pytest.raises(CheckError, match=r"001\.safetensors: cannot be read as part of a run"):
+        Run.open(run).points(1)
+
+
+def test_a_layer_beyond_any_model_s_is_refused_and_none_before_it_is_looked_for(run: Path) -> None:
+    layer_file(run, 2).rename(run / "layers" / f"{10**20}.safetensors")
+
+    with pytest.raises(CheckError, match="holds a layer 100000000000000000000, expected numbers"):
+        _ = Run.open(run).layers
+
+
+def test_tokens_are_as_many_as_run_json_says(run: Path) -> None:
+    document = json.loads((run / "run.json").read_text())
+    document["prompts"][0]["tokens"] = 2**40
+    (run / "run.json").write_text(json.dumps(document))
+
+    with pytest.raises(
+        CheckError, match=r"holds 2 tokens of prompt 'a/b', and run\.json says 1,09"
+    ):
+        Run.open(run).tokens("a/b")
 
 
 def test_a_broken_shard_of_a_run_is_refused(run: Path) -> None:
