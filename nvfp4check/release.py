@@ -226,7 +226,8 @@ def plan(options: ReleaseOptions) -> list[Step]:
         forced = _forward("forced", options.checkpoint, runs / "forced", options, routing)
         steps.append(replace(forced, needs=("forward-base",)))
     steps.append(_agree(options, runs))
-    documents = [step.output for step in steps]
+    # What was judged stands before what it was computed from.
+    documents = [step.output for step in sorted(steps, key=lambda step: step.run is not None)]
     steps.append(
         Step(
             name="report",

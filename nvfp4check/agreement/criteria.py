@@ -18,7 +18,7 @@ from enum import StrEnum
 
 from nvfp4check.activations import Run
 from nvfp4check.agreement.bounds import Bounds
-from nvfp4check.agreement.divergence import BOUND, NOTHING, Divergence, HeldPoint
+from nvfp4check.agreement.divergence import BOUND, FINITE, NOTHING, Divergence, HeldPoint
 from nvfp4check.agreement.positions import Positions
 from nvfp4check.agreement.routing import LayerRouting
 from nvfp4check.agreement.statistics import (
@@ -144,7 +144,8 @@ def criteria_of(
 
 def _within_bounds(held: Sequence[HeldPoint], bounds: Bounds) -> Decision:
     """Decide whether layers keep their bounds; what has neither bound nor floor leaves it open."""
-    if bounds.illegal or any(point.bound and point.bound.exceeding for point in held):
+    spoilt = any(point.held_against == FINITE for point in held)
+    if spoilt or bounds.illegal or any(p.bound and p.bound.exceeding for p in held):
         return Decision.FAIL
     open_ = any(point.held_against == NOTHING and not point.agreement.bitwise for point in held)
     return Decision.UNDECIDED if open_ else Decision.PASS

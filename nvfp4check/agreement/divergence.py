@@ -5,6 +5,7 @@ Contract:
                 beyond its derived bound (`bounds`), and by nothing else; where only some have, by
                 that or by what follows. Each is exceeded by chance with the probability that the
                 bounds state: their number times that is the level of all of them
+    NaN         or infinity where the reference has none is a divergence whatever it is held against
     error       e of a token at a point, ||c - r|| / ||r||; f that of a noise run, and over several
                 of them the geometric mean: e is then as likely above f as below if it is noise too
     unit        both are taken to be at least u, the unit roundoff of the stored dtype: what is
@@ -57,6 +58,7 @@ HIGH_SHARE = 0.9
 BOUND = "bound"
 NOISE_FLOOR = "noise floor"
 SCORE_ERROR = "error of the scores"
+FINITE = "reference's finite values"
 NOTHING = "nothing"
 
 #: Order of the computation within a layer.
@@ -101,6 +103,8 @@ class HeldPoint:
     @property
     def held_against(self) -> str:
         """What the error was held against."""
+        if self.agreement.spoilt:
+            return FINITE
         if self.bound is not None and (self.bound.whole or self.bound.exceeding):
             return BOUND
         return NOTHING if self.floor is None else NOISE_FLOOR
@@ -150,8 +154,19 @@ def hold(
             found = against(point, floors, units[point.key], level, seed, kept)
         else:
             found = HeldPoint(agreement=point, input_bitwise=None)
-        held.append(_bounded(replace(found, input_bitwise=whole), (bounds or {}).get(point.key)))
+        found = _bounded(replace(found, input_bitwise=whole), (bounds or {}).get(point.key))
+        if point.spoilt:
+            found = replace(found, diverges=True, place=_first_spoilt(point))
+        held.append(found)
     return held
+
+
+def _first_spoilt(point: PointAgreement) -> Place | None:
+    """Return the first token that holds NaN or infinity."""
+    for prompt, error in point.errors.items():
+        if error.isnan().any():
+            return Place(prompt=prompt, token=int(error.isnan().nonzero()[0]))
+    return None
 
 
 def _bounded(held: HeldPoint, bound: HeldBound | None) -> HeldPoint:
@@ -161,8 +176,7 @@ def _bounded(held: HeldPoint, bound: HeldBound | None) -> HeldPoint:
         return held
     if bound.exceeding:
         return replace(held, diverges=True, place=bound.first)
-    point = held.agreement
-    if bound.whole and point.nonfinite_candidate <= point.nonfinite_reference:
+    if bound.whole:
         return replace(held, diverges=False, place=None)
     return held
 
@@ -195,9 +209,8 @@ def against(
     low = found.lower_bound(alpha) if found.known else None
     excess = _excess(errors, runs, seed)
     excess_low = excess.lower_bound(alpha) if excess.known else None
-    diverges = boundless or bool(point.nonfinite_candidate > point.nonfinite_reference)
-    diverges = diverges or any(bound is not None and bound > 0 for bound in (low, excess_low))
-    place = _place(point, errors, floor, ratios) if diverges else None
+    diverges = boundless or any(bound is not None and bound > 0 for bound in (low, excess_low))
+    place = _place(errors, floor, ratios) if diverges else None
     alone = _outlier(point, errors, runs, kept, unit, alpha) if kept else None
     squares_of = [run.relative_error**2 for run in floors]
     return HeldPoint(
@@ -259,16 +272,11 @@ def _excess(
 
 
 def _place(
-    point: PointAgreement,
     errors: Mapping[str, torch.Tensor],
     floor: Mapping[str, torch.Tensor],
     ratios: Mapping[str, torch.Tensor],
 ) -> Place | None:
     """Return the token to look at first."""
-    if point.nonfinite_candidate > point.nonfinite_reference:
-        for prompt, error in errors.items():
-            if error.isnan().any():
-                return Place(prompt=prompt, token=int(error.isnan().nonzero()[0]))
     highest = max((float(values.nan_to_num(0.0).max()) for values in floor.values()), default=0.0)
     for prompt, error in errors.items():
         above = error > highest

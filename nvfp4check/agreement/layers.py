@@ -80,6 +80,11 @@ class PointAgreement:
         """Layer and point."""
         return self.layer, self.point
 
+    @property
+    def spoilt(self) -> bool:
+        """Whether the candidate holds NaN or infinity where the reference does not."""
+        return self.nonfinite_candidate > self.nonfinite_reference
+
 
 @dataclass(slots=True)
 class Sums:
