@@ -7,7 +7,8 @@ Contract, y = x W^T:
                  have been through a matrix, lie in the same directions as the values that have,
                  and what reads those directions amplifies both: they are taken to be amplified,
                  beyond independence, as the token's value is: gain = max(1, ||y||**2 / sum Q)
-    common       goes through unchanged, unless the input is quantised: then only its codes matter
+    common       goes through unchanged, and through scales of FP8 that are not rounded; of any
+                 other quantised input only the codes matter
     own          the sum's roundings (`arithmetic`), with Q = (W o W) x**2; one to the dtype; and
                  for weights dequantised to a dtype that does not hold them, Q u**2 / 3
     quantised    x becomes codes, so its error becomes steps (`straddles`), bounded errors; what

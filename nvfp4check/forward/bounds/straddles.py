@@ -18,7 +18,9 @@ Contract:
                scale too, m is the mean over both ends, and doubled, for then either error may be
                the large one
     smooth     an FP8 scale that is not rounded, amax / 448, carries the error of amax, which all
-               128 elements share: it moves the thresholds, and multiplies the values
+               128 elements share: it moves the thresholds, and multiplies the values. What all
+               elements of a token share moves their scales alike: it flips no code, but where
+               amax may lie below the floor, and goes through unchanged
     bounded    the sum of a token's squared errors stays below  mu + sqrt(2 v L) + 2 b L / 3  but
                for a probability of exp(-L) (Bernstein), and below the sum of d**2 for certain:
                mu = sum m, v = sum over groups of (sum m)(sum d**2), b the largest sum of d**2 of a
@@ -118,16 +120,23 @@ def fp8(
     def blocks(of: torch.Tensor) -> torch.Tensor:
         return split_last(torch.nn.functional.pad(of, padding), -1, width)
 
-    amax = blocks(x.value.abs()).amax(-1).clamp(min=floor)
-    roots = x.total.sum(1).sqrt()
-    off = (blocks(x.value.abs()) + blocks(roots)).amax(-1).clamp(min=floor) - amax
-    shared = (off / amax).square().repeat_interleave(width, dim=-1)[..., :columns]  # variance
-    found = _quantised(x, _fp8, (False, width, floor), 1, shared)
+    def elements(of: torch.Tensor) -> torch.Tensor:
+        return of.repeat_interleave(width, dim=-1)[..., :columns]
+
+    size = blocks(x.value.abs())
+    amax = size.amax(-1).clamp(min=floor)
+    roots = x.variance.sum(1).sqrt()
+    off = (size + blocks(roots)).amax(-1).clamp(min=floor) - amax
+    shared = elements((off / amax).square())  # variance
+    clamped = elements((size - blocks(x.reach)).amax(-1) < floor)
+    moving = shared + clamped * x.common.sum(1).unsqueeze(-1)
+    own = Uncertain(x.value, x.variance, torch.zeros_like(x.common))
+    found = _quantised(own, _fp8, (False, width, floor), 1, moving)
     value = found.value
     variance = value.variance.clone()
     variance[:, DIRECTED_RANDOM] += shared * value.value.square()
-    common = torch.zeros_like(x.common)
-    common[:, DIRECTED_RANDOM] = shared.amax(-1)
+    common = x.common.clone()
+    common[:, DIRECTED_RANDOM] += shared.amax(-1)
     return Quantised(Uncertain(value.value, variance, common), found.may_flip)
 
 

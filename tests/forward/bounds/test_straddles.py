@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from nvfp4check.forward.bounds import straddles
-from nvfp4check.forward.bounds.arithmetic import BOUNDED, FRESH_BOUNDED, FRESH_RANDOM
+from nvfp4check.forward.bounds.arithmetic import (
+    BOUNDED,
+    DIRECTED_RANDOM,
+    FRESH_BOUNDED,
+    FRESH_RANDOM,
+)
 from nvfp4check.forward.bounds.uncertain import Uncertain
 from nvfp4check.forward.exact import engine_operand
 from nvfp4ref import e4m3
@@ -106,6 +111,29 @@ def test_values_without_error_have_no_straddling_codes_but_near_ties(form: str) 
 
     assert int(found.straddles.sum()) <= 1
     assert float(found.value.bound.max()) == 0 or int(found.straddles.sum()) == 1
+
+
+def test_what_a_token_shares_moves_its_fp8_scales_alike_and_flips_no_code() -> None:
+    x = activations(8, 256, seed=6).float().double()
+
+    def shared(of: torch.Tensor) -> straddles.Quantised:
+        found = Uncertain.exactly(of, 1)
+        found.common[0, DIRECTED_RANDOM] = 1e-2**2
+        return straddles.fp8(found)
+
+    found, exact = shared(x), straddles.fp8(Uncertain.exactly(x, 1))
+    moved = (as_fp8(x * 1.01, False) - found.value.value).norm(dim=-1)
+
+    assert torch.equal(found.straddles, exact.straddles)
+    assert torch.allclose(moved, 0.01 * found.value.value.norm(dim=-1), rtol=1e-4)
+    assert (moved < found.value.bound[0]).all()
+    # A scale that is the floor's does not move, so codes do.
+    small = x * 1e-6
+    found = shared(small)
+    assert (found.straddles > 0).all()
+    moved = (as_fp8(small * 1.01, False) - found.value.value).norm(dim=-1)
+    assert float(moved.max()) > 0
+    assert (moved < found.value.bound[0]).all()
 
 
 def on_a_threshold(form: str) -> tuple[torch.Tensor, torch.Tensor]:
