@@ -27,6 +27,8 @@ _PAIRS = np.array(
     [(e2m1.VALUES[byte & 15], e2m1.VALUES[byte >> 4]) for byte in range(256)], dtype=np.float64
 )
 _E4M3 = np.array(e4m3.VALUES, dtype=np.float64)
+_PAIRS_SQUARED = np.square(_PAIRS).astype(np.float32)
+_E4M3_SQUARED = np.square(_E4M3).astype(np.float32)
 
 # The formats as numbers that numba can compile in.
 _E2M1_MAX, _E4M3_MAX = E2M1.max, E4M3.max
@@ -59,12 +61,25 @@ def product_of_few(
     a: torch.Tensor, packed_codes: torch.Tensor, block_scales: torch.Tensor
 ) -> torch.Tensor:
     """Return a [M, K] times the transposed codes and block scales of N rows, [M, N] in float64."""
+    return _of_few(a, packed_codes, block_scales, _PAIRS, _E4M3)
+
+
+def squares_of_few(
+    a: torch.Tensor, packed_codes: torch.Tensor, block_scales: torch.Tensor
+) -> torch.Tensor:
+    """Return float32 a [M, K] times the squares of the same, [M, N] in float32."""
+    return _of_few(a, packed_codes, block_scales, _PAIRS_SQUARED, _E4M3_SQUARED)
+
+
+def _of_few(
+    a: torch.Tensor, packed_codes: torch.Tensor, block_scales: torch.Tensor, pairs: Any, values: Any
+) -> torch.Tensor:
     rows = len(packed_codes)
-    out = torch.empty(rows, len(a), dtype=torch.float64)
+    out = torch.empty(rows, len(a), dtype=a.dtype)
     codes, scales = packed_codes.numpy(), block_scales.view(torch.uint8).numpy()
     left, target = a.contiguous().numpy(), out.numpy()
     _over(
-        lambda n: _product(left, codes[n], scales[n], _PAIRS, _E4M3, target[n]),
+        lambda n: _product(left, codes[n], scales[n], pairs, values, target[n]),
         rows,
         rows * a.shape[1],
     )
@@ -141,7 +156,7 @@ def _e2m1(value: Any) -> Any:
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
 def _product(a: Any, codes: Any, scales: Any, pairs: Any, e4m3_values: Any, out: Any) -> None:
     columns = a.shape[1]
-    row = np.empty(columns, dtype=np.float64)
+    row = np.empty(columns, dtype=a.dtype)
     for n in range(codes.shape[0]):
         for block in range(scales.shape[1]):
             scale = e4m3_values[scales[n, block]]
@@ -149,7 +164,7 @@ def _product(a: Any, codes: Any, scales: Any, pairs: Any, e4m3_values: Any, out:
                 row[2 * byte] = pairs[codes[n, byte], 0] * scale
                 row[2 * byte + 1] = pairs[codes[n, byte], 1] * scale
         for m in range(a.shape[0]):
-            total = 0.0
+            total = a.dtype.type(0)
             for k in range(columns):
                 total += a[m, k] * row[k]
             out[n, m] = total

@@ -122,7 +122,8 @@ def bounded_run(
 
     def run(checkpoint: str) -> Run:
         if checkpoint not in done:
-            options = ForwardOptions(activations=Activations.ALL, bounds=("float32", "bfloat16"))
+            names = ("float32", "bfloat16", "bfloat16/tp4")
+            options = ForwardOptions(activations=Activations.ALL, bounds=names)
             out = tmp_path_factory.mktemp("bounded") / checkpoint
             done[checkpoint] = run_forward(TINY / checkpoint, tiny_prompts, out, options).run
         return done[checkpoint]

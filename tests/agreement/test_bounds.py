@@ -163,7 +163,7 @@ def test_bounds_that_are_declared_and_not_there_are_missed(
     result = agree(Run.open(reference), bounded_run("bf16"))
 
     assert [problem.message for problem in result.skipped] == [
-        "its run.json declares bounds for float32, bfloat16, and it holds none"
+        "its run.json declares bounds for float32, bfloat16, bfloat16/tp4, and it holds none"
     ]
 
 
@@ -243,9 +243,9 @@ def test_a_candidate_that_should_compute_something_else_is_not_held(
     reasons["it has noise on its states"] = Run.open(noisy.path)
     narrow = copied(reference, tmp_path / "narrow")
     write_info(narrow.path, replace(narrow.info, dtype="float8_e5m2"))
-    reasons["its dtype is 'float8_e5m2', and the bounds are for float32, bfloat16"] = Run.open(
-        narrow.path
-    )
+    reasons[
+        "its dtype is 'float8_e5m2', and the bounds are for float32, bfloat16, bfloat16/tp4"
+    ] = Run.open(narrow.path)
 
     for reason, candidate in reasons.items():
         result = agree(reference, candidate)

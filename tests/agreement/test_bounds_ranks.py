@@ -74,7 +74,7 @@ class Engine:
     ranks: int
     order: str
     #: split: a share of each. whole: some experts each. apart: split, and the shared expert's
-    #: output added up on its own. joined: split, and the residual joins the sum of o_proj.
+    #: output added up on its own.
     experts: str
     seed: int = 0
     fault: Fault = list
@@ -223,7 +223,7 @@ def test_an_engine_of_several_ranks_stays_within_the_bounds_of_its_ranks(
     plain = agree(reference, run, AgreeOptions(bounds="bfloat16"))
     wider = {h.agreement.key: h.bound.relative for h in result.layers if h.bound is not None}
     narrow = {h.agreement.key: h.bound.relative for h in plain.layers if h.bound is not None}
-    assert all(0.98 < wider[key] / narrow[key] < 1.6 for key in wider)
+    assert all(0.98 < wider[key] / narrow[key] < 1.65 for key in wider)
     assert all(wider[layer, "attn_output"] > narrow[layer, "attn_output"] for layer in range(5))
 
 

@@ -287,6 +287,9 @@ def test_a_fault_of_one_layer_exceeds_the_bound_of_that_layer_and_point_alone(
     assert (result.divergence.layer, result.divergence.point) == (LAYER, point)
     # Every other layer was given sound states, and is sound.
     assert {held.agreement.layer for held in result.layers if held.diverges} == {LAYER}
+    over_ranks = agree(reference, wrong, AgreeOptions(bounds="bfloat16/tp4"))
+    if arithmetic is Arithmetic.BFLOAT16:
+        assert over_ranks.divergence == result.divergence
 
 
 def test_a_mask_of_zero_is_a_choice_that_the_bounds_of_the_scores_rule_out(

@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from nvfp4check.forward.exact import FEW_ROWS, engine_operand, product_of_few
+from nvfp4check.forward.exact import (
+    FEW_ROWS,
+    engine_operand,
+    product_of_few,
+    squares_of_few,
+)
 from nvfp4ref import e2m1, e4m3, matmul, nvfp4
 from nvfp4ref.conventions import Convention
 
@@ -79,3 +84,16 @@ def test_a_nan_scale_makes_its_row_nan() -> None:
     product = product_of_few(torch.ones(1, 16, dtype=torch.float64), codes, scales)
 
     assert product.isnan().tolist() == [[False, True, False]]
+
+
+def test_squares_of_few_rows_are_those_of_the_dequantised_weight() -> None:
+    generator = torch.Generator().manual_seed(5)
+    codes = torch.randint(0, 256, (96, 128), generator=generator, dtype=torch.uint8)
+    bits = torch.randint(0, 0x7F, (96, 16), generator=generator, dtype=torch.uint8)
+    scales, rows = bits.view(torch.float8_e4m3fn), torch.rand(7, 256, generator=generator)
+
+    found = squares_of_few(rows, codes, scales)
+
+    expected = rows.double() @ matmul.operand(codes, scales).square().T
+    assert found.dtype == torch.float32
+    assert ((found - expected).abs() <= 256 * 2**-24 * expected).all()

@@ -31,7 +31,7 @@ from nvfp4check.forward.bounds.linear import (
     SquaringLinear,
     through,
 )
-from nvfp4check.forward.bounds.parallel import of_joined, of_linear, split
+from nvfp4check.forward.bounds.parallel import of_linear, split
 from nvfp4check.forward.bounds.pointwise import gated, norm, residual, rotated
 from nvfp4check.forward.bounds.routing import (
     ExpertSum,
@@ -131,11 +131,8 @@ class LayerBounds:
                 found = norm(self._stream, plain.input_layernorm, eps, value, roundings)
             case "attn_output":
                 found = self._at["o_proj"]
-                before, self._stored = self._stored, self._stored + value
+                self._stored = self._stored + value
                 self._stream = residual(self._stream, found, self._stored, roundings)
-                if split(roundings):
-                    joined = of_joined(roundings, before.double(), self._stored.double())
-                    self._stream = self._stream.plus(joined)
             case "mlp_input":
                 found = norm(self._stream, plain.post_attention_layernorm, eps, value, roundings)
             case "router_scores":
@@ -167,8 +164,7 @@ class LayerBounds:
         if role.endswith(_ROW_PARALLEL) and split(self._roundings):
             passed = self._over_ranks(role, linear, source, passed)
         self._at[role] = passed.output
-        tokens = self._tokens_of(role)
-        self.straddles[:, tokens] += passed.straddles
+        self._count(role, passed.straddles)
         if role == "o_proj" and self._uncached is not None:
             self.uncached = self._uncached.direction(linear)
         if role == "kv_b_proj":
@@ -223,7 +219,7 @@ class LayerBounds:
         if self._cache_scale is None:
             return x, Kept(x.value, torch.zeros_like(x.value))
         kept = straddles.e4m3(x, self._cache_scale)
-        self.straddles[:, self._tokens_of("kv_b_proj")] += kept.straddles
+        self._count("kv_b_proj", kept.straddles)
         value = kept.value.value
         off = (x.value - value).masked_fill(kept.may_flip.to(value.device), 0.0)
         return kept.value, Kept(value, off)
@@ -284,6 +280,12 @@ class LayerBounds:
         if role.startswith("expert.") and self._rows is not None:
             return self._rows[0]
         return slice(None)
+
+    def _count(self, role: str, flipped: torch.Tensor) -> None:
+        """Count codes of a product's rows as flipped; the counts lie on the processor."""
+        tokens = self._tokens_of(role)
+        place = tokens.cpu() if isinstance(tokens, torch.Tensor) else tokens
+        self.straddles[:, place] += flipped.cpu()
 
     def _routed(self, weights: torch.Tensor) -> Uncertain:
         experts = cast(torch.Tensor, self._experts)

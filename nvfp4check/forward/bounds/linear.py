@@ -77,8 +77,8 @@ class SquaringLinear(Protocol):
         """Return how the input is taken."""
         ...
 
-    def squares(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return float32 rows [R, K] times the transposed squares of the weight, [R, N]."""
+    def squares(self, rows: torch.Tensor, tokens: int) -> torch.Tensor:
+        """Return float32 rows [R, K] of so many tokens times the weight's squares, [R, N]."""
         ...
 
     def plain(self, rows: torch.Tensor) -> torch.Tensor:
@@ -142,7 +142,7 @@ def through(
     quantised = operands.of(x, form)
     taken = quantised.value if quantised is not None else x
     rows = torch.cat((taken.variance.flatten(0, 2), taken.value.square()))
-    products = _scaled_squares(linear, rows)
+    products = _scaled_squares(linear, rows, len(x.value))
     inherited = products[: -len(x.value)].reshape(*taken.variance.shape[:3], -1)
     own_squares = products[-len(x.value) :]
     value = y.double()
@@ -173,12 +173,12 @@ def gain(value: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
     return torch.where(coherent > independent, coherent / independent, 1.0)
 
 
-def _scaled_squares(linear: SquaringLinear, rows: torch.Tensor) -> torch.Tensor:
+def _scaled_squares(linear: SquaringLinear, rows: torch.Tensor, tokens: int) -> torch.Tensor:
     """Return rows [R, K] of float64 times the squares of a weight, each row scaled to 1."""
     largest = rows.amax(-1, keepdim=True)
     live = largest.squeeze(-1) > 0
     scaled = (rows[live] / largest[live]).float()
-    product = linear.squares(scaled).double() * largest[live]
+    product = linear.squares(scaled, tokens).double() * largest[live]
     out = product.new_zeros(len(rows), product.shape[-1])
     out[live] = product
     return out

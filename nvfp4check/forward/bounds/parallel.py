@@ -12,8 +12,6 @@ Contract, each rounding adding u**2 / 3 times the square of what is rounded:
     sum       N - 1 additions, each rounded to the dtype, the last of which is the output's rounding
               and counted there. Of all orders the worst is taken, by each of both terms: a chain
               for f**2, and what a search over all binary trees finds for f (1 - f)
-    residual  one rank may add it to its share of o_proj before the shares are added up: N - 1
-              roundings more, of what lies between the stream before and after
     experts   one expert may be split or lie whole on a rank, so its Q is the larger of its
               neurons' and its output's square. Each rank rounds every output, that times its
               weight, their sum, that scaled, and that with the shared expert's share; either these
@@ -22,7 +20,9 @@ Contract, each rounding adding u**2 / 3 times the square of what is rounded:
               of these roundings and no others
 
 What ranks exchange in fewer bits computes something else, and so do scales of activations that each
-rank finds in its own share of a token.
+rank finds in its own share of a token. A residual that one rank adds to its share, as SGLang's may
+where attention is data-parallel, is rounded with every addition: not counted, for it would make all
+bounds behind it wider for the few ranks that do so.
 
 Sources: vLLM 0.32, vllm/model_executor/layers/linear.py (RowParallelLinear: each rank's product in
 the dtype of the activations, then all-reduce), vllm/model_executor/layers/fused_moe/runner/
@@ -30,8 +30,7 @@ moe_runner.py (one all-reduce of both sums, or one of each) and csrc/custom_all_
 (packed_reduce: float32, one rounding); NCCL, src/device/reduce_kernel.h (ring and tree: FuncSum of
 bfloat16 is __hadd2) and src/device/symmetric/all_reduce.cuh (a wider accumulator); TensorRT-LLM,
 cpp/tensorrt_llm/kernels/communicationKernels/allReduceFusionKernels.cu (allreduce_sum: float32, or
-rank by rank in the dtype); SGLang, python/sglang/srt/layers/communicator.py
-(a residual that joins the sum).
+rank by rank in the dtype); SGLang, python/sglang/srt/layers/communicator.py.
 """
 
 from collections.abc import Callable
@@ -104,47 +103,41 @@ def of_linear(
     return _weighted(roundings, square, rest, lambda ranks: shares(ranks) + additions(ranks))
 
 
-def of_joined(roundings: Roundings, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """Return what it adds to the stream [T, D] that the residual may join the sum of shares."""
-    square = torch.maximum(before.square(), after.square())
-    return _weighted(roundings, square, square, lambda ranks: Weights(ranks - 1.0, 0.0))
-
-
 class ExpertShares:
     """Collects what experts and the shared expert give, for the roundings of their shares."""
 
     def __init__(self, none: torch.Tensor) -> None:
         """Begin with zeros [T, D]."""
-        #: Sums over the experts of the squares of their products, and of their Q.
-        self._products = none.clone()
+        #: Sums over the experts of their Q, and of how much that is above their output's square.
         self._squares = none.clone()
-        self._shared = none
+        self._above = none.clone()
+        self._shared = self._shared_squares = none
 
     def add(self, product: torch.Tensor, squares: torch.Tensor, token: torch.Tensor) -> None:
         """Add an expert's output times its weight, and the squares of its neurons' terms."""
         square = product.square()
-        self._products[token] += square
         self._squares[token] += torch.maximum(square, squares)
+        self._above[token] += (squares - square).clamp(min=0.0)
 
     def add_shared(self, output: torch.Tensor, squares: torch.Tensor) -> None:
         """Add the shared expert's output, and the squares of its neurons' terms."""
         square = output.square()
-        self._products += square
-        self._squares += torch.maximum(square, squares)
         self._shared = self._shared + output
+        self._shared_squares = self._shared_squares + torch.maximum(square, squares)
+        self._above += (squares - square).clamp(min=0.0)
 
     def total(self, value: torch.Tensor, roundings: Roundings) -> torch.Tensor:
         """Return what the ranks' roundings add to the sum [T, D] of all."""
-        shared = self._shared.square()
-        apart = (value - self._shared).square() + shared
-        either = torch.maximum(value.square(), apart)
-        squares = self._squares
-        last = Weights(1.0, 0.0)  # where the routed and the shared are added up each on its own
-        return (
-            _weighted(roundings, self._products, squares, lambda n: shares(n) + shares(n))
-            + _weighted(roundings, apart, squares, lambda n: shares(n) + shares(n) + last)
-            + _weighted(roundings, either, squares, lambda n: shares(n) + additions(n))
-        )
+        routed, shared = (value - self._shared).square(), self._shared.square()
+        every = self._squares + self._shared_squares
+        none = torch.zeros_like(value)
+        # An output and that times its weight are counted whole where it is computed.
+        of_outputs = _weighted(roundings, none, self._above, lambda n: shares(n) + shares(n))
+        of_routed = _weighted(roundings, routed, self._squares, lambda n: shares(n) + shares(n))
+        together = _weighted(roundings, value.square(), every, lambda n: shares(n) + additions(n))
+        whole = Weights(1.0, 0.0)
+        apart = _weighted(roundings, routed + shared, every, lambda n: additions(n) + whole)
+        return of_outputs + of_routed + torch.maximum(together, apart)
 
 
 def _weighted(
