@@ -116,7 +116,7 @@ def test_a_kernel_that_makes_a_tensor_on_the_cpu_is_seen(pretended: Pretended) -
     ("checkpoint", "options"),
     [
         ("bf16", {"logits": Logits.parse("topk:5"), "mtp": True}),
-        ("fp8", {"mode": LinearMode.STORED}),
+        ("fp8", {"mode": LinearMode.STORED, "mtp": True, "bounds": ("bfloat16",)}),
         ("fp8", {"mode": LinearMode.WEIGHT_ONLY}),
         ("nvfp4", {"mode": LinearMode.STORED, "mtp": True}),
         ("nvfp4", {"mode": LinearMode.WEIGHT_ONLY}),
