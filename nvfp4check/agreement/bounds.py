@@ -20,6 +20,9 @@ Contract:
                 was not recorded
     cache       a candidate that keeps values where the reference's cache is FP8 may lie within
                 every bound; by its direction the error tells (`uncached`), and that is a fault
+    not covered engines that quantise queries or attention weights, as FP8 kernels of FlashMLA,
+                FlashAttention and TensorRT-LLM do: their scales are in no checkpoint, so there is
+                nothing to derive from. A noise floor, or logits, judge these
 """
 
 from collections.abc import Iterator, Mapping, Sequence
