@@ -1,5 +1,6 @@
 """`nvfp4check release CKPT --base BASE --out DIR`: the whole gate in one command."""
 
+import math
 import os
 import time
 from pathlib import Path
@@ -61,6 +62,14 @@ def release(
     ] = None,
     max_kl: MaxKlOption = None,
     min_top1: MinTop1Option = None,
+    rare_kl: Annotated[
+        float | None,
+        typer.Option(
+            metavar="NATS",
+            help="KL of a position too rare to be in the sample. [default: log of the vocabulary]",
+            show_default=False,
+        ),
+    ] = None,
     noise: Annotated[
         int, typer.Option(metavar="N", min=0, help="Runs of the base with noise on it.")
     ] = 2,
@@ -89,6 +98,8 @@ def release(
     worst step: 1, then 2, then 3. Without a limit on logits the comparison is undecided.
     """
     require_limits(max_kl, min_top1)
+    if rare_kl is not None and not 0 <= rare_kl < math.inf:
+        raise CheckError(f"--rare-kl {rare_kl}: give nats that are 0 or more, and finite")
     _require_inputs(checkpoint, base, prompts, logits)
 
     from nvfp4check.release import ReleaseOptions, begin
@@ -104,6 +115,7 @@ def release(
         logits=logits,
         max_kl=max_kl,
         min_top1=min_top1,
+        rare_kl=rare_kl,
         noise=noise,
         split=split,
         jobs=jobs,

@@ -339,3 +339,13 @@ def test_a_verdict_by_bounds_says_that_logits_are_not_judged(agreement: Document
     assert "The verdict rests on layers alone" in render(agreement, Format.TEXT)
     agreement["criteria"].append({**bounds, "what": "logits within the noise floor", "limit": None})
     assert "The verdict rests on layers alone" not in render(agreement, Format.TEXT)
+
+
+def test_logits_beyond_the_noise_behind_layers_within_it_point_at_the_head(
+    agreement: Document,
+) -> None:
+    agreement["logits"] = {**LOGITS, "noise": [], "held_against_noise": {"diverges": True}}
+    assert "it is the norm, the head" not in render(agreement, Format.TEXT)
+
+    agreement["first_divergence"] = None
+    assert "it is the norm, the head" in render(agreement, Format.TEXT)
