@@ -152,10 +152,11 @@ def logit_notes(document: Document) -> Iterator[str]:
             "The verdict rests on layers alone: the norm and the head behind them have no bound; "
             "--noise, --max-kl and --min-top1 judge logits."
         )
-    if (document["logits"].get("held_against_noise") or {}).get("diverges"):
+    held = document["logits"].get("held_against_noise") or {}
+    if held.get("diverges") and document["layers"] and document["first_divergence"] is None:
         yield (
-            "Logits lie beyond those of the noise: where every layer is within, it is the norm, "
-            "the head, or what became of the logits afterwards."
+            "Logits lie beyond those of the noise, and every layer is within: it is the norm, the "
+            "head, or what became of the logits afterwards."
         )
     if prompts == 1:
         yield "One prompt: the intervals speak of that text, and not of how others would do."
