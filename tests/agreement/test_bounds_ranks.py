@@ -16,6 +16,7 @@ from nvfp4check.agreement.agree import AgreeOptions, agree
 from nvfp4check.agreement.declared import declared
 from nvfp4check.agreement.layers import VALUE_POINTS
 from nvfp4check.agreement.statistics import Decision
+from nvfp4check.capture import Tap, capture, first_output
 from nvfp4check.findings import CheckError
 from nvfp4check.forward import layers as forward_layers
 from nvfp4check.forward.options import Activations, Arithmetic, ForwardOptions
@@ -298,3 +299,22 @@ def test_ranks_that_are_no_number_of_processes_are_no_run(ranks: object) -> None
 
     with pytest.raises(ValueError, match="ranks is no number of processes"):
         RunInfo.from_json(document)
+
+
+def test_a_captured_run_says_among_how_many_processes_its_model_may_be_split(
+    tmp_path: Path,
+) -> None:
+    linear = torch.nn.Linear(4, 4)
+
+    def captured(name: str) -> int | None:
+        taps = [Tap("", first_output("logits"))]
+        with capture(linear, tmp_path / name, taps) as session, session.prompt("p", [1, 2]):
+            linear(torch.eye(4)[:2])
+        return Run.open(tmp_path / name).info.ranks
+
+    assert captured("alone") == 1
+    with (
+        patch("torch.distributed.is_initialized", return_value=True),
+        patch("torch.distributed.get_world_size", return_value=8),
+    ):
+        assert captured("together") == 8

@@ -282,3 +282,12 @@ def test_correct_arithmetic_stays_within_the_bounds_of_such_a_layer(
     assert all(held.held_against == "bound" for held in result.layers)
     ratios = {h.agreement.key: h.bound.ratio for h in result.layers if h.bound is not None}
     assert 0.01 < ratios[0, "attn_output"] < 1
+
+
+def test_scales_by_token_have_no_bounds_of_several_ranks(
+    per_token: Path, prompts: list[Prompt], keep_all: ForwardOptions, tmp_path: Path
+) -> None:
+    options = replace(keep_all, bounds=("bfloat16/tp2",))
+
+    with pytest.raises(CheckError, match="each of several ranks does by its own share"):
+        run_forward(per_token, prompts, tmp_path / "run", options)
