@@ -11,6 +11,7 @@ from nvfp4check.agreement.logits import (
     compare_rows,
     concatenate,
     following,
+    log_totals,
     top_k,
 )
 from nvfp4check.agreement.shifted import shifted_choices
@@ -61,7 +62,7 @@ def compare_positions(
     with opened_logits(reference, head) as left, opened_logits(candidate, head) as right:
         if not left.there or not right.there:
             return None
-        for prompt in prompts:
+        for prompt in (prompt for prompt in prompts if left.tokens(prompt)):
             sources = _sources(left, right, prompt, heard)
             if sources is None:
                 continue
@@ -124,27 +125,90 @@ def _full(
     left: Full, right: Full, tokens: torch.Tensor, prompt: str, problems: list[Problem]
 ) -> PositionMetrics:
     vocabulary = min(left.vocabulary, right.vocabulary)
-    if left.vocabulary != right.vocabulary and not any(
-        problem.kind == "vocabulary" for problem in problems
-    ):
-        problems.append(
-            Problem(
-                kind="vocabulary",
-                run="candidate" if right.vocabulary > left.vocabulary else "reference",
-                prompt=prompt,
-                message=f"logits of {max(left.vocabulary, right.vocabulary)} entries where the "
-                f"other run has {vocabulary}: padding, cut off",
-                fatal=False,
-            )
-        )
-    return compare_rows(
-        lambda first, stop: left.rows(first, stop)[:, :vocabulary],
-        lambda first, stop: right.rows(first, stop)[:, :vocabulary],
+    sides = {"reference": _Cut(left, vocabulary), "candidate": _Cut(right, vocabulary)}
+    metrics = compare_rows(
+        sides["reference"].rows,
+        sides["candidate"].rows,
         left.positions,
         vocabulary,
         tokens,
         block=max(left.block, right.block),
     )
+    known = {(problem.kind, problem.run) for problem in problems if not problem.fatal}
+    broken = metrics.contaminated.nonzero().flatten().tolist()
+    for name, side in sides.items():
+        found = [side.cut_off(), side.narrow(), side.nonfinite(prompt, broken)]
+        for kind, message, fatal in (one for one in found if one is not None):
+            if fatal or kind == "nonfinite" or (kind, name) not in known:
+                problems.append(
+                    Problem(kind=kind, run=name, prompt=prompt, message=message, fatal=fatal)
+                )
+    return metrics
+
+
+class _Cut:
+    """The logits of a side as far as both have entries, and what was seen of them."""
+
+    def __init__(self, source: Full, vocabulary: int) -> None:
+        self._source = source
+        self._vocabulary = vocabulary
+        #: Probability of the entries that are cut off, and where the best token is among them.
+        self._lost: list[torch.Tensor] = []
+        self._best: list[torch.Tensor] = []
+        self._dtype = torch.float32
+
+    def rows(self, first: int, stop: int) -> torch.Tensor:
+        """Return rows, cut."""
+        whole = self._source.rows(first, stop)
+        self._dtype = whole.dtype
+        kept, rest = whole[:, : self._vocabulary], whole[:, self._vocabulary :]
+        if rest.shape[1]:
+            self._lost.append((log_totals(rest) - log_totals(whole)).exp())
+            self._best.append(rest.amax(1) > kept.amax(1))
+        return kept
+
+    def cut_off(self) -> tuple[str, str, bool] | None:
+        """Say what was cut off: padding, unless a best token is among it."""
+        if not self._lost:
+            return None
+        size = f"logits of {self._source.vocabulary} entries where the other run has "
+        best, lost = int(torch.cat(self._best).sum()), torch.cat(self._lost)
+        if best:
+            message = (
+                f"{size}{self._vocabulary}, and the best token of {best} of {len(lost)} positions "
+                "is none of these: another vocabulary, and no padding"
+            )
+            return "vocabulary", message, True
+        share = float(lost.nanmean())
+        message = f"{size}{self._vocabulary}: padding, cut off, with {share:.2g} of the probability"
+        return "vocabulary", message, False
+
+    def narrow(self) -> tuple[str, str, bool] | None:
+        """Say that logits were rounded to few bits when they were stored."""
+        if self._dtype.itemsize >= torch.float32.itemsize:
+            return None
+        kind, unit = str(self._dtype).removeprefix("torch."), torch.finfo(self._dtype).eps / 2
+        message = (
+            f"logits are stored as {kind}, each rounded by up to {unit:.2g} of itself: what that "
+            "changes counts as a difference"
+        )
+        return "rounded", message, False
+
+    def nonfinite(self, prompt: str, broken: list[int]) -> tuple[str, str, bool] | None:
+        """Say where the first NaN or infinity is, among positions where either side has one."""
+        for position in broken:
+            row = self._source.rows(position, position + 1)[0, : self._vocabulary]
+            bad = row.isnan() | row.isposinf()
+            if not bad.any() and not row.isneginf().all():
+                continue
+            what = "nothing above -inf"
+            if bad.any():
+                token = int(bad.nonzero()[0])
+                what = f"{float(row[token])} for token {token}"
+            message = f"logits of prompt {prompt!r}, position {position}, hold {what}"
+            more = f": the first of {len(broken)} such positions of the prompt, of either run"
+            return "nonfinite", f"{message}{more if len(broken) > 1 else ''}", False
+        return None
 
 
 def _top(left: Source, right: Source, tokens: torch.Tensor) -> TopMetrics:

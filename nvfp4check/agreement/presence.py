@@ -17,7 +17,7 @@ def common_prompts(reference: Run, candidate: Run) -> tuple[tuple[str, ...], lis
     """Return the prompts of both runs, and a problem for each that only one has.
 
     Raises:
-        CheckError: There are none, or a prompt has other tokens.
+        CheckError: There are none, none has a token, or a prompt has other tokens.
     """
     both = tuple(prompt for prompt in reference.prompts if prompt in candidate.prompts)
     if not both:
@@ -25,6 +25,11 @@ def common_prompts(reference: Run, candidate: Run) -> tuple[tuple[str, ...], lis
             f"{reference.path} and {candidate.path} have no prompt in common: "
             f"{', '.join(reference.prompts[:3])} … and {', '.join(candidate.prompts[:3])} …; "
             "run both with the same --prompts"
+        )
+    if not any(info.tokens for info in reference.info.prompts if info.id in both):
+        raise CheckError(
+            f"{reference.path}: none of the prompts that both runs have has a token, so that there "
+            "is nothing to compare"
         )
     for prompt in both:
         left, right = reference.tokens(prompt), candidate.tokens(prompt)

@@ -29,6 +29,9 @@ KL_DECADES = tuple(range(-12, 3))
 #: Ranges of positions that are summed up together at most.
 POSITION_BINS = 32
 
+#: A KL is at most what logits of float32 or float64 may be apart; far beyond, it is infinite.
+_MOST_KL = 1e300
+
 #: Worst positions that are listed.
 WORST = 12
 
@@ -114,7 +117,10 @@ class Summary:
 
     def kl_quantiles(self, shares: tuple[float, ...]) -> tuple[float, ...]:
         """Return quantiles of KL."""
-        return quantiles([self.values("kl")], shares)
+        # What lies between a finite and an infinite rank is infinite, and no difference of the two.
+        kl = self.values("kl").nan_to_num(posinf=torch.finfo(torch.float64).max)
+        found = quantiles([kl], shares)
+        return tuple(value if value < _MOST_KL else math.inf for value in found)
 
     def by_confidence(self) -> list[Bucket]:
         """Return the positions by the reference's confidence."""

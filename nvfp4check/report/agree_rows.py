@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from nvfp4check.report.agree_words import Document, Row, number
+from nvfp4check.report.agree_words import Document, Row, number, over
 from nvfp4check.report.visible import visible
 
 LOGIT_HEADERS = ("over all positions; KL in nats", "candidate", "95 % interval", "noise floor")
@@ -63,14 +63,22 @@ _LOGIT_ROWS = (
 def logit_rows(document: Document) -> list[Row]:
     """Return the numbers of the logits."""
     logits = document["logits"]
-    noise = logits["noise"]
     rows: list[Row] = []
     for name, label, form in _LOGIT_ROWS:
         interval = logits.get({"kl_mean": "kl_ci95", "top1": "top1_ci95"}.get(name, ""))
-        shown = f"{number(interval[0], form)} to {number(interval[1], form)}" if interval else ""
-        floors = ", ".join(number(run[name], form) for run in noise)
-        rows.append((label, number(logits[name], form), shown, floors))
+        shown = " to ".join(over(bound, 1, form) for bound in interval or ())
+        found, *floors = (
+            over(run[name], _known(name, run), form) for run in (logits, *logits["noise"])
+        )
+        rows.append((label, found, shown, ", ".join(floors)))
     return rows
+
+
+def _known(name: str, logits: Mapping[str, Any]) -> int:
+    """Return over how many positions a number is that may be infinite."""
+    if name.startswith("kl_"):
+        return int(logits["positions"])
+    return int(logits.get("followed_known", 0)) if name in ("ppl_reference", "ppl_candidate") else 0
 
 
 def layer_rows(document: Document) -> list[Row]:
@@ -129,7 +137,7 @@ def bucket_rows(document: Document) -> list[Row]:
         (
             f"{bucket['low']:.2f} to {bucket['high']:.2f}",
             f"{bucket['positions']:,}",
-            number(bucket["kl_mean"]),
+            over(bucket["kl_mean"], bucket["positions"]),
             number(bucket["top1"], "%"),
         )
         for bucket in document["logits"]["by_confidence"]
@@ -142,7 +150,7 @@ def prompt_rows(document: Document) -> list[Row]:
         (
             visible(prompt["id"], 30),
             f"{prompt['positions']:,}",
-            number(prompt["kl_mean"]),
+            over(prompt["kl_mean"], prompt["positions"]),
             number(prompt["top1"], "%"),
         )
         for prompt in document["logits"]["by_prompt"]
@@ -155,7 +163,7 @@ def worst_rows(document: Document) -> list[Row]:
         (
             visible(worst["prompt"], 20),
             str(worst["position"]),
-            number(worst["kl"]),
+            over(worst["kl"], 1),
             _end(visible(worst["before"] or "")),
             _token(worst["reference"]),
             _token(worst["candidate"]),

@@ -18,6 +18,16 @@ def number(value: float | None, form: str = "g") -> str:
     return f"{value:.4f}" if form == "f" and value < 1e4 else f"{value:.3g}"
 
 
+def over(value: float | None, positions: int, form: str = "g") -> str:
+    """Return a number over so many positions: over any, what JSON cannot hold is infinite."""
+    return "infinite" if value is None and positions else number(value, form)
+
+
+def counted(count: int, what: str) -> str:
+    """Return a number of things."""
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
+
+
 def heading(document: Document) -> str:
     """Return the verdict and what it is about."""
     return f"{document['verdict'].upper()}: {title(document)}"
@@ -47,6 +57,12 @@ def criteria_sentences(document: Document) -> Iterator[str]:
     """Say what was judged, and how."""
     for criterion in document["criteria"]:
         yield criterion_sentence(criterion, document["alpha"])
+    absent = sum(problem["kind"] == "missing" for problem in document["problems"])
+    if absent and document["verdict"] == "pass":
+        yield (
+            f"Not all was compared: {counted(absent, 'thing')} that a run lacks, noted below. The "
+            "exit code is 2 for that, unless --allow-skips is given."
+        )
     if not document["criteria"]:
         yield (
             "Nothing was judged: give limits (--max-kl, --min-top1) or a noise run (--noise); "
@@ -60,17 +76,19 @@ def criterion_sentence(criterion: Mapping[str, Any], alpha: float) -> str:
     if criterion["limit"] is None:
         return text
     if criterion["what"].endswith("without NaN or infinity"):
-        return f"{text}: {number(criterion['found'])} hold some"
+        holds = "holds" if criterion["found"] == 1 else "hold"
+        return f"{text}: {number(criterion['found'])} {holds} some"
     share = criterion["what"].startswith("top-1")
     form = "%" if share else "g"
-    text += f" {number(criterion['found'], form)}, limit {number(criterion['limit'], form)}"
     bounds = criterion.get("bounds")
+    found, limit = over(criterion["found"], bool(bounds), form), number(criterion["limit"], form)
+    text += f" {found}, limit {limit}"
     if not bounds:
         return f"{text}; too few positions to be sure of anything"
-    low, high = (number(bound, form) for bound in bounds)
+    low, high = (over(bound, 1, form) for bound in bounds)
     sure = f"with {100 * (1 - alpha):.4g} % confidence"
     if criterion["decision"] == "undecided":
-        if share or bounds[1] > criterion["limit"]:
+        if share or bounds[1] is None or bounds[1] > criterion["limit"]:
             return f"{text}; {sure} {_undecided(criterion, low, high)}"
         return (
             f"{text}; {sure} at most {high}, but KL is known from below only, for the best tokens "
@@ -140,11 +158,21 @@ def logit_notes(document: Document) -> Iterator[str]:
     """Say what the numbers of the logits rest on."""
     logits = document["logits"]
     prompts = len(logits["by_prompt"])
+    effects = [
+        f"of {what} by {number(logits[name], form)}"
+        for what, name, form in (
+            ("the mean KL", "kl_smallest_effect", "g"),
+            ("top-1", "top1_smallest_effect", "%"),
+        )
+        if logits[name] is not None
+    ]
+    seen = (
+        f"; a change {', or '.join(effects)}, would be seen with {document['power']:.0%} "
+        f"probability at alpha {document['alpha']:g}"
+    )
     yield (
-        f"{logits['positions']:,} positions of {prompts} prompts, in {logits['segments']:,} "
-        f"segments; a change of the mean KL by {number(logits['kl_smallest_effect'])}, or of top-1 "
-        f"by {number(logits['top1_smallest_effect'], '%')}, would be seen with "
-        f"{document['power']:.0%} probability at alpha {document['alpha']:g}."
+        f"{counted(logits['positions'], 'position')} of {counted(prompts, 'prompt')}, in "
+        f"{counted(logits['segments'], 'segment')}{seen if effects else ''}."
     )
     judged = {criterion["what"] for criterion in document["criteria"]}
     if "layers within their derived bounds" in judged and not any("logits" in j for j in judged):
@@ -166,11 +194,12 @@ def logit_notes(document: Document) -> Iterator[str]:
             "from this sample, and from all of these numbers."
         )
     if logits["contaminated"]:
-        yield f"{logits['contaminated']:,} positions hold NaN or infinity and are left out."
+        broken = counted(logits["contaminated"], "position")
+        yield f"Left out, as holding NaN or infinity: {broken}."
     if logits["kl_infinite"]:
         yield (
-            f"{logits['kl_infinite']:,} positions have infinite KL: the candidate rules out a "
-            "token that the reference does not."
+            f"KL is infinite at {counted(logits['kl_infinite'], 'position')}: the candidate rules "
+            "out a token that the reference does not."
         )
     best = logits["best_only"]
     if best and not best["exact"]:
@@ -181,7 +210,12 @@ def logit_notes(document: Document) -> Iterator[str]:
             "worst listed one, and has no upper bound otherwise."
         )
     known, followed = logits.get("followed_known"), logits.get("followed")
-    if followed and known < followed:
+    if followed and not known:
+        yield (
+            "Perplexities and the change of p are not known: of no position do both sides list the "
+            "token that follows."
+        )
+    elif followed and known < followed:
         yield (
             f"Perplexities, their ratio and the change of p are over {known:,} of {followed:,} "
             "positions that a token follows: where a side does not list that token the position "
