@@ -17,13 +17,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import numba
-from llvmlite import ir  # type: ignore[import-untyped]
-from numba.core import types
-from numba.extending import intrinsic
-
-#: numba types its own decorator away.
-intrinsic_of: Callable[..., Any] = intrinsic
-_LONG = ir.IntType(64)
+import numpy as np
 
 #: A double that holds integers only: adding it rounds to one, which the low bits then hold.
 _ROUNDER = 1.5 * 2.0**52
@@ -56,26 +50,6 @@ def compiled(*, adds: bool = False, inlined: bool = False) -> Callable[..., Any]
     return compile
 
 
-@intrinsic_of
-def _low_bits(typing_context: Any, value: Any) -> Any:
-    """Bits of a float64 as int64."""
-
-    def lower(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], _LONG)
-
-    return types.int64(types.float64), lower
-
-
-@intrinsic_of
-def _double_of(typing_context: Any, bits: Any) -> Any:
-    """The float64 of some bits."""
-
-    def lower(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.DoubleType())
-
-    return types.float64(types.int64), lower
-
-
 @compiled(inlined=True)
 def exponential(x: Any) -> Any:
     """Return exp(x) of a float64 x <= 0."""
@@ -85,5 +59,6 @@ def exponential(x: Any) -> Any:
     series = _TAYLOR[13]
     for power in range(12, -1, -1):
         series = series * r + _TAYLOR[power]
-    scale = _double_of((_low_bits(shifted) + 1023) << 52)
+    # numba knows views of numpy's scalars: the low bits of `shifted` are n.
+    scale = np.int64((np.float64(shifted).view(np.int64) + 1023) << 52).view(np.float64)
     return series * scale if x >= _LEAST else 0.0

@@ -22,14 +22,19 @@ to one, by 2**-85. A divergence of 1e-20 is still known to some digits.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numba
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import types
+from numba.extending import intrinsic
 
-from nvfp4check.agreement.exponential import compiled, exponential, intrinsic_of
+from nvfp4check.agreement.exponential import compiled, exponential
+
+#: numba types its own decorator away.
+intrinsic_of: Callable[..., Any] = intrinsic
 
 #: Logits that are gone through at one time.
 CHUNK = 512
