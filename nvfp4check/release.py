@@ -55,7 +55,7 @@ class ReleaseOptions:
     max_kl: float | None = None
     min_top1: float | None = None
     #: KL of a position too rare to be among the prompts'; None: as bad as a guess.
-    rare_kl: float | None = None
+    rare_kl: float = 0.0
     #: Runs of the base with noise.
     noise: int = 2
     #: Whether KL is split by a further run with the base's experts.
@@ -278,7 +278,7 @@ def _agree(options: ReleaseOptions, runs: Path) -> Step:
             *(("--forced", str(runs / "forced")) if options.split else ()),
             # A candidate of fewer bits is never within the noise of its base.
             *(limits or ("--judge", "none")),
-            *_given("--rare-kl", options.rare_kl),
+            *_given("--rare-kl", options.rare_kl or None),
             *_flag("--allow-skips", options.allow_skips),
             *("--output", str(output)),
         ),

@@ -1,9 +1,9 @@
 """What of an agreement is judged, and how it is decided.
 
 Contract:
-    limits   on KL and top-1, where given: kept or broken only if a one-sided interval says so. That
-             a limit on KL is kept must allow for positions too rare to be in the sample: there the
-             candidate may be no better than a guess, log(vocabulary), unless `rare_kl` says better
+    limits   on KL and top-1, where given: kept or broken only if a one-sided interval says so, for
+             positions like these. No sample tells of a kind of positions that it lacks: with
+             `rare_kl` a limit on KL is kept only if it would be with such positions as bad as that
     bounds   beyond one of them fails; within all of them passes only if every point that is not
              equal bit for bit has been held, against its bound or the noise floor; else undecided
     floor    a divergence against the noise floor fails, of layers or of logits
@@ -30,9 +30,6 @@ from nvfp4check.agreement.statistics import (
 )
 from nvfp4check.agreement.summary import Summary
 from nvfp4check.findings import CheckError
-
-#: Size of a vocabulary of which only the best tokens are known.
-UNKNOWN_VOCABULARY = 1 << 17
 
 #: More prompts than this are too many to be told a number.
 MOST_PROMPTS = 1_000_000
@@ -64,8 +61,8 @@ class AgreeOptions:
     min_top1: float | None = None
     alpha: float = 0.05
     power: float = 0.8
-    #: KL of positions too rare to be in the sample; None: that of a guess.
-    rare_kl: float | None = None
+    #: KL of positions too rare to be in the sample: at the vocabulary's log, that of a guess.
+    rare_kl: float = 0.0
     judge: Judge = Judge.AUTO
     #: Checkpoint whose head makes logits of final states.
     head: str | None = None
@@ -91,7 +88,9 @@ class Criterion:
     effect: float | None
     #: One-sided bounds of the true value at alpha; None where nothing is known or estimated.
     bounds: tuple[float, float] | None = None
-    #: KL of a position too rare to be in the sample, and what the upper bound allows for it.
+    #: Share of all positions that a kind may have of which, at alpha, these hold none.
+    unseen_share: float | None = None
+    #: KL of a position of such a kind, and what the upper bound allows for it.
     rare_kl: float | None = None
     allowance: float | None = None
     #: Prompts like these that would decide what is undecided; None where that is not known.
@@ -164,10 +163,7 @@ def _equal(
 def _limit_on_kl(
     found: Estimate, limit: float, positions: Positions | None, options: AgreeOptions
 ) -> Criterion:
-    vocabulary = positions.vocabulary if positions is not None else None
     rare = options.rare_kl
-    if rare is None:
-        rare = math.log(vocabulary or UNKNOWN_VOCABULARY)
     decision = decide_at_most(found, limit, options.alpha, rare)
     bounded = positions is not None and positions.tail is not None and not positions.tail.exact
     if bounded and decision is Decision.PASS:
@@ -180,6 +176,7 @@ def _limit_on_kl(
         limit=limit,
         effect=found.smallest_effect(options.alpha, options.power),
         bounds=(found.lower_bound(options.alpha), high) if found.known else None,
+        unseen_share=1 - options.alpha ** (1 / found.positions) if found.positions else None,
         rare_kl=rare,
         allowance=high - found.ceiling(options.alpha, 0.0) if math.isfinite(high) else None,
         prompts_needed=None if bounded else _needed(decision, found, limit, options.alpha, rare),

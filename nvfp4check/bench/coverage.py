@@ -10,6 +10,7 @@ long and of unequal length. Counted are, of all samples,
     wrong PASS      at a limit equal to the true mean
     wrong FAIL      likewise
     PASS at 2.5 x   at a limit of 2.5 times the true mean; of top-1, of as many misses
+    rare            PASS at these two limits with --rare-kl, at the KL of a guess
     width           the upper bound over the sample's mean, of top-1 that of misses, the median
 
 A wrong verdict in more than 5 % of the samples breaks the promise. A single prompt knows nothing of
@@ -38,7 +39,16 @@ KL = 0.02
 #: KL of a guess, over DeepSeek-V3's vocabulary.
 GUESS = math.log(129_280)
 #: What is counted.
-COUNTED = ("above", "below", "inside", "wrong_pass", "wrong_fail", "right_pass")
+HEADS = {
+    "above": "above",
+    "below": "below",
+    "inside": "inside",
+    "wrong_pass": "wrong PASS",
+    "wrong_fail": "wrong FAIL",
+    "right_pass": "PASS at 2.5 x",
+    "wary_wrong": "rare: wrong",
+    "wary_right": "rare: at 2.5 x",
+}
 #: The limit that a candidate should pass, over its true mean.
 GENEROUS = 2.5
 
@@ -158,6 +168,8 @@ class Coverage:
     wrong_pass: float
     wrong_fail: float
     right_pass: float
+    wary_wrong: float
+    wary_right: float
     width: float
 
 
@@ -166,27 +178,32 @@ def covered(source: Source, shape: str, trials: int, seed: int = 0) -> Coverage:
     random = np.random.default_rng(seed)
     share = source.kind is Kind.SHARE
     generous = 1 - GENEROUS * (1 - source.true) if share else GENEROUS * source.true
-    counts = dict.fromkeys(COUNTED, 0)
+    counts = dict.fromkeys(HEADS, 0)
     widths = []
     for trial in range(trials):
         prompts = [source.draw(random, length) for length in SHAPES[shape]]
         found = estimate(prompts, trial, source.kind, by_prompt=True)
         low, high = found.interval(1 - ALPHA) or (math.nan, math.nan)
         lower, upper = found.lower_bound(ALPHA), found.upper_bound(ALPHA)
-        decided = [
-            (
-                decide_at_least(found, limit, ALPHA)
-                if share
-                else decide_at_most(found, limit, ALPHA, GUESS)
-            )
-            for limit in (source.true, generous)
-        ]
+        decided, wary = (
+            [
+                (
+                    decide_at_least(found, limit, ALPHA)
+                    if share
+                    else decide_at_most(found, limit, ALPHA, rare)
+                )
+                for limit in (source.true, generous)
+            ]
+            for rare in (0.0, GUESS)
+        )
         counts["above"] += upper < source.true
         counts["below"] += lower > source.true
         counts["inside"] += low <= source.true <= high
         counts["wrong_pass"] += decided[0] is Decision.PASS
         counts["wrong_fail"] += decided[0] is Decision.FAIL
         counts["right_pass"] += decided[1] is Decision.PASS
+        counts["wary_wrong"] += wary[0] is Decision.PASS
+        counts["wary_right"] += wary[1] is Decision.PASS
         widths.append((1 - lower) / max(1 - found.mean, 1e-300) if share else upper / found.mean)
     shares = {name: count / trials for name, count in counts.items()}
     return Coverage(**shares, width=float(np.median(widths)))
@@ -201,14 +218,14 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     statistics.RESAMPLES = options.resamples
     torch.set_num_threads(1)
-    heads = ("above", "below", "inside", "wrong PASS", "wrong FAIL", "PASS at 2.5 x", "width")
+    heads = (*HEADS.values(), "width")
     print(f"{'positions':<24}{'prompts':<13}" + "".join(f"{head:>15}" for head in heads))
     for source in SOURCES:
         for shape in SHAPES:
             if options.only not in source.name or (shape[0:2] == "1 " and source.prompts_differ):
                 continue
             found = covered(source, shape, options.trials)
-            shares = [getattr(found, name) for name in COUNTED]
+            shares = [getattr(found, name) for name in HEADS]
             print(
                 f"{source.name:<24}{shape:<13}"
                 + "".join(f"{share:>15.1%}" for share in shares)

@@ -1,6 +1,5 @@
 """`nvfp4check agree REFERENCE_RUN CANDIDATE_RUN`: where two runs part, and whether it matters."""
 
-import math
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,8 +12,10 @@ from nvfp4check.cli.options import (
     MaxKlOption,
     MinTop1Option,
     OutputOption,
+    RareKlOption,
     prepared_format,
     require_limits,
+    require_rare_kl,
     seed_option,
     write,
 )
@@ -94,14 +95,7 @@ def agree(
     power: Annotated[
         float, typer.Option(metavar="P", help="Probability with which an effect would be seen.")
     ] = 0.8,
-    rare_kl: Annotated[
-        float | None,
-        typer.Option(
-            metavar="NATS",
-            help="KL of a position too rare to be in the sample. [default: log of the vocabulary]",
-            show_default=False,
-        ),
-    ] = None,
+    rare_kl: RareKlOption = 0.0,
     judge: Annotated[
         JudgeBy,
         typer.Option(
@@ -143,16 +137,15 @@ def agree(
     """Compare two runs: layer by layer, expert by expert, and by what they would say next.
 
     PASS, FAIL and UNDECIDED give the exit codes 0, 1 and 3. A limit is kept or broken only if a
-    one-sided interval at --alpha lies wholly on one side of it. That --max-kl is kept allows for
-    what is too rare to be in the sample: it may be as bad as a guess, or as --rare-kl says.
+    one-sided interval at --alpha lies wholly on one side of it, for positions like these. That
+    --max-kl is kept even if positions too rare to be among them are bad takes --rare-kl.
     """
     if not 0 < alpha < 0.5:
         raise CheckError(f"--alpha {alpha}: give a probability above 0 and below 0.5, such as 0.05")
     if not 0.5 <= power < 1:
         raise CheckError(f"--power {power}: give a probability from 0.5 to below 1, such as 0.8")
     require_limits(max_kl, min_top1)
-    if rare_kl is not None and not 0 <= rare_kl < math.inf:
-        raise CheckError(f"--rare-kl {rare_kl}: give nats that are 0 or more, and finite")
+    require_rare_kl(rare_kl)
     into = prepared_format(format, output, AgreeFormat)
 
     from nvfp4check.activations import Run

@@ -27,6 +27,17 @@ def require_seed(seed: int) -> int:
     return seed
 
 
+def require_rare_kl(nats: float) -> float:
+    """Return the KL of rare positions if it is one.
+
+    Raises:
+        CheckError: It is negative, or not finite.
+    """
+    if not 0 <= nats < math.inf:
+        raise CheckError(f"--rare-kl {nats}: give nats that are 0 or more, and finite")
+    return nats
+
+
 def seed_option(help: str) -> Any:
     """Return the option --seed, which says what chance decides."""
     return typer.Option("--seed", metavar="N", help=help, callback=require_seed)
@@ -113,6 +124,16 @@ MaxMemoryOption = Annotated[
 MaxKlOption = Annotated[
     float | None,
     typer.Option("--max-kl", metavar="NATS", help="Limit on the mean KL.", show_default=False),
+]
+
+RareKlOption = Annotated[
+    float,
+    typer.Option(
+        "--rare-kl",
+        metavar="NATS",
+        help="KL that --max-kl allows positions to have that are too rare to be among these; "
+        "log of the vocabulary (12) is that of a guess.",
+    ),
 ]
 
 MinTop1Option = Annotated[

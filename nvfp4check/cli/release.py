@@ -1,6 +1,5 @@
 """`nvfp4check release CKPT --base BASE --out DIR`: the whole gate in one command."""
 
-import math
 import os
 import time
 from pathlib import Path
@@ -23,8 +22,10 @@ from nvfp4check.cli.options import (
     OutputOption,
     PlainFormatOption,
     PromptsOption,
+    RareKlOption,
     prepared_format,
     require_limits,
+    require_rare_kl,
     write,
 )
 from nvfp4check.cli.streams import write_stderr
@@ -62,14 +63,7 @@ def release(
     ] = None,
     max_kl: MaxKlOption = None,
     min_top1: MinTop1Option = None,
-    rare_kl: Annotated[
-        float | None,
-        typer.Option(
-            metavar="NATS",
-            help="KL of a position too rare to be in the sample. [default: log of the vocabulary]",
-            show_default=False,
-        ),
-    ] = None,
+    rare_kl: RareKlOption = 0.0,
     noise: Annotated[
         int, typer.Option(metavar="N", min=0, help="Runs of the base with noise on it.")
     ] = 2,
@@ -98,8 +92,7 @@ def release(
     worst step: 1, then 2, then 3. Without a limit on logits the comparison is undecided.
     """
     require_limits(max_kl, min_top1)
-    if rare_kl is not None and not 0 <= rare_kl < math.inf:
-        raise CheckError(f"--rare-kl {rare_kl}: give nats that are 0 or more, and finite")
+    require_rare_kl(rare_kl)
     _require_inputs(checkpoint, base, prompts, logits)
 
     from nvfp4check.release import ReleaseOptions, begin

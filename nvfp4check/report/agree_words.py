@@ -1,5 +1,6 @@
 """An agreement in sentences, which text, Markdown, JUnit and HTML share."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -95,7 +96,16 @@ def criterion_sentence(criterion: Mapping[str, Any], alpha: float) -> str:
             "alone are known: that a limit is kept takes full logits"
         )
     passes = criterion["decision"] == "pass"
-    return f"{text}; {sure} at most {high}" if passes != share else f"{text}; {sure} at least {low}"
+    text = f"{text}; {sure} at most {high}" if passes != share else f"{text}; {sure} at least {low}"
+    return f"{text}, {_unseen(criterion)}" if passes and not share else text
+
+
+def _unseen(criterion: Mapping[str, Any]) -> str:
+    """Say what a limit that is kept does not speak of, or allows for."""
+    rare, one_in = criterion["rare_kl"], math.floor(1 / criterion["unseen_share"])
+    if not rare:
+        return f"of positions like these; of a kind rarer than 1 in {one_in:,} there may be none"
+    return f"with {number(rare)} nats at positions of a kind too rare to be among these"
 
 
 def _undecided(criterion: Mapping[str, Any], low: str, high: str) -> str:

@@ -26,7 +26,7 @@ def states(tiny_prompts: list[Prompt], tmp_path: Path) -> Run:
 
 
 def test_states_and_the_head_give_the_logits(tiny_run: TinyRun, states: Run) -> None:
-    result = agree(tiny_run("bf16"), states, AgreeOptions(max_kl=1e-10, rare_kl=0.0))
+    result = agree(tiny_run("bf16"), states, AgreeOptions(max_kl=1e-10))
 
     assert result.logits is not None
     assert result.logits.kl.mean < 1e-10

@@ -174,7 +174,7 @@ def test_transformers_on_the_same_weights_agrees(tiny_run: TinyRun) -> None:
     mine = tiny_run("bf16")
     shared = [p for p in mine.info.prompts if p.id.startswith("prompt")]
 
-    options = AgreeOptions(max_kl=1e-9, rare_kl=0.0, noise=(narrowed(noise, shared),))
+    options = AgreeOptions(max_kl=1e-9, noise=(narrowed(noise, shared),))
     result = agree(golden, narrowed(mine, shared), options)
 
     assert result.verdict is Decision.PASS

@@ -52,9 +52,9 @@ def test_a_run_agrees_with_itself(run: Run) -> None:
 @pytest.mark.parametrize(
     ("limits", "code"),
     [
-        (["--max-kl", "4"], 0),
-        (["--max-kl", "0.5", "--rare-kl", "0"], 0),
-        (["--max-kl", "0.5"], 3),
+        (["--max-kl", "0.5"], 0),
+        (["--max-kl", "4", "--rare-kl", "7"], 0),
+        (["--max-kl", "0.5", "--rare-kl", "7"], 3),
         (["--max-kl", "0.0001"], 1),
         (["--min-top1", "0.9999"], 1),
         ([], 3),

@@ -74,7 +74,7 @@ def test_a_gate_goes_on_where_it_stands_and_judges_anew_what_has_other_limits(
 
 
 def test_a_gate_that_was_cut_off_says_that_it_is_incomplete(gate: Run, tmp_path: Path) -> None:
-    gate("--max-kl", "5", "--rare-kl", "0")
+    gate("--max-kl", "5")
     state_file = tmp_path / "gate/release.json"
     state = json.loads(state_file.read_text(encoding="utf-8"))
     state["steps"] = state["steps"][:3]
@@ -85,14 +85,13 @@ def test_a_gate_that_was_cut_off_says_that_it_is_incomplete(gate: Run, tmp_path:
         out=tmp_path / "gate",
         prompts=tmp_path / "prompts.jsonl",
         max_kl=5.0,
-        rare_kl=0.0,
     )
 
     left = begin(options, resume=True).document()
 
     assert left["verdict"] == "incomplete"
     assert [step["verdict"] for step in left["steps"]] == ["pass"] * 3 + ["not run"] * 3
-    again = gate("--max-kl", "5", "--rare-kl", "0", "--resume")
+    again = gate("--max-kl", "5", "--resume")
     assert again.code == 0
     done = [line.rpartition(" ")[2] for line in again.err.splitlines()]
     assert done == ["noise-2", "forward-candidate", "agree"]
@@ -101,7 +100,7 @@ def test_a_gate_that_was_cut_off_says_that_it_is_incomplete(gate: Run, tmp_path:
 def test_what_was_cut_off_goes_on_from_its_journal(
     gate: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate("--max-kl", "5", "--rare-kl", "0")
+    gate("--max-kl", "5")
     for name in ("validate", "noise-1"):
         (tmp_path / f"gate/{name}.json").unlink()
     commands: list[list[str]] = []
@@ -111,7 +110,7 @@ def test_what_was_cut_off_goes_on_from_its_journal(
         return main(argv)
 
     monkeypatch.setattr("nvfp4check.cli.main.main", listening)
-    again = gate("--max-kl", "5", "--rare-kl", "0", "--resume")
+    again = gate("--max-kl", "5", "--resume")
 
     resumed = {argv[0]: argv[-1] == "--resume" for argv in commands}
     assert again.code == 0
@@ -121,10 +120,10 @@ def test_what_was_cut_off_goes_on_from_its_journal(
 def test_a_gate_does_not_take_the_results_of_other_prompts_for_these(
     gate: Run, tmp_path: Path
 ) -> None:
-    gate("--max-kl", "5", "--rare-kl", "0")
+    gate("--max-kl", "5")
     (tmp_path / "prompts.jsonl").write_text('{"id": "a", "tokens": [0, 17, 4, 301]}\n')
 
-    again = gate("--max-kl", "5", "--rare-kl", "0", "--resume", "--format", "json")
+    again = gate("--max-kl", "5", "--resume", "--format", "json")
 
     document = json.loads(again.out)
     verdicts = {step["name"]: step["verdict"] for step in document["steps"]}
@@ -141,32 +140,32 @@ def test_a_gate_does_not_take_the_results_of_other_prompts_for_these(
 def test_a_changed_card_is_read_again_and_nothing_else(
     gate: Run, tmp_path: Path, model: Path
 ) -> None:
-    gate("--max-kl", "5", "--rare-kl", "0")
+    gate("--max-kl", "5")
     (model / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
 
-    again = gate("--max-kl", "5", "--rare-kl", "0", "--resume")
+    again = gate("--max-kl", "5", "--resume")
 
     assert again.err.splitlines() == ["nvfp4check release: validate"]
 
 
 def test_a_checkpoint_that_changed_needs_a_new_gate(gate: Run, tmp_path: Path, model: Path) -> None:
-    gate("--max-kl", "5", "--rare-kl", "0")
+    gate("--max-kl", "5")
     shard = sorted(model.glob("*.safetensors"))[0]
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.unlink()
     shard.write_bytes(data)
 
-    again = gate("--max-kl", "5", "--rare-kl", "0", "--resume")
+    again = gate("--max-kl", "5", "--resume")
 
     assert again.code == 2
     assert "have changed since this gate began" in again.err
 
 
 def test_a_step_that_is_no_longer_planned_is_not_told_of(gate: Run) -> None:
-    gate("--max-kl", "5", "--rare-kl", "0", "--split")
+    gate("--max-kl", "5", "--split")
 
-    again = gate("--max-kl", "5", "--rare-kl", "0", "--resume", "--format", "json")
+    again = gate("--max-kl", "5", "--resume", "--format", "json")
 
     assert again.code == 0
     assert [step["name"] for step in json.loads(again.out)["steps"]] == STEPS
