@@ -229,5 +229,5 @@ def _largest(kl: torch.Tensor) -> list[tuple[int, float]]:
     return [
         (int(place), float(value))
         for value, place in zip(order.values, order.indices, strict=True)
-        if value >= 0
+        if value > 0
     ]
