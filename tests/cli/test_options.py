@@ -10,7 +10,6 @@ from nvfp4check.cli.options import line_width, prepared_format, split_ids, wants
 from nvfp4check.findings import CheckError
 from nvfp4check.report.formats import Format
 
-
 TINY = Path(__file__).parents[2] / "goldens" / "tiny-deepseek-v3" / "nvfp4"
 
 
