@@ -212,3 +212,13 @@ def test_logits_of_another_model_or_of_one_text_token_are_not_called_shifted(
     for candidate in (other, same):
         result = agree(write_logits("a", rows), write_logits("c", candidate))
         assert not [problem for problem in result.problems if problem.kind == "shifted"]
+
+
+def test_positions_that_are_equal_are_none_of_the_worst(write_logits: WriteRun) -> None:
+    rows = {prompt: logits(0, 0.0, prompt) for prompt in PROMPTS}
+    changed = {**rows, "q": rows["q"].index_fill(0, torch.tensor([30]), 0.0)}
+
+    result = agree(write_logits("a", rows), write_logits("c", changed))
+
+    assert result.logits is not None
+    assert [(worst.prompt, worst.position) for worst in result.logits.worst()] == [("q", 30)]
