@@ -1,6 +1,7 @@
 """What every folder of tests may use."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,9 @@ from typing import Any
 import jsonschema
 import pytest
 from hypothesis import HealthCheck, settings
+
+# Bits of sums are those of one thread, in every process of a test; nothing has loaded torch yet.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # A busy machine is no fault of a test.
 settings.register_profile("explore", deadline=None, suppress_health_check=[HealthCheck.too_slow])
