@@ -6,9 +6,9 @@ server is at fault for ends the run as a `CheckError`, after attempts with growi
 another attempt can help. No more is ever taken from a server than was asked of it.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
 from nvfp4check.checkpoint.patience import PassingError, Patience, Retry
@@ -24,6 +24,7 @@ REQUEST_BYTES = 8 << 20
 _GAP = 16 << 10
 _GATHERED_BYTES = 256 << 10
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -76,10 +77,10 @@ class RemoteStorage:
         if len(starts) <= 1:
             data = self._read(name, start, stop) if start < stop else b""
         else:
-            with self._side_by_side() as pool:
-                data = b"".join(
-                    pool.map(lambda at: self._read(name, at, min(at + REQUEST_BYTES, stop)), starts)
-                )
+            parts = self._side_by_side(
+                lambda at: self._read(name, at, min(at + REQUEST_BYTES, stop)), starts
+            )
+            data = b"".join(parts)
         if name.endswith(".json"):
             self._documents[place] = data
         return data
@@ -97,15 +98,11 @@ class RemoteStorage:
         for start, stop in wanted:
             self._check(name, start, stop)
         groups = _groups(wanted)
-        with self._side_by_side() as pool:
-            for group, data in zip(
-                groups,
-                pool.map(lambda g: self._read(name, g[0][0], g[-1][1]), groups),
-                strict=True,
-            ):
-                for start, stop in group:
-                    at = group[0][0]
-                    self._gathered[name, start, stop] = data[start - at : stop - at]
+        found = self._side_by_side(lambda g: self._read(name, g[0][0], g[-1][1]), groups)
+        for group, data in zip(groups, found, strict=True):
+            for start, stop in group:
+                at = group[0][0]
+                self._gathered[name, start, stop] = data[start - at : stop - at]
         self._gathered_files.add(name)
 
     def view(self, name: str) -> memoryview | None:
@@ -144,12 +141,18 @@ class RemoteStorage:
         """End reads that wait for the server, as long as the context is open."""
         return self._patience.giving_up()
 
-    @contextmanager
-    def _side_by_side(self) -> Iterator[ThreadPoolExecutor]:
-        """Give threads for requests; when one fails, or Ctrl-C comes, the others are given up."""
+    def _side_by_side(
+        self, function: Callable[[Item], Result], items: Iterable[Item]
+    ) -> Sequence[Result]:
+        """Make requests; as soon as one fails, or Ctrl-C comes, the others are given up."""
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             try:
-                yield pool
+                futures = [pool.submit(function, item) for item in items]
+                ended, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                for future in futures:
+                    if future in ended:
+                        future.result()
+                return [future.result() for future in futures]
             except StorageError:  # a file's fault, and not the server's
                 raise
             except BaseException:

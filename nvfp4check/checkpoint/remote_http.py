@@ -100,8 +100,7 @@ class HttpStorage(RemoteStorage):
         return self._files
 
     def _sizes(self, names: tuple[str, ...] | list[str]) -> dict[str, int]:
-        with self._side_by_side() as pool:
-            sizes = list(pool.map(self._size, names))
+        sizes = self._side_by_side(self._size, names)
         return {name: size for name, size in zip(names, sizes, strict=True) if size is not None}
 
     def _size(self, name: str) -> int | None:

@@ -97,7 +97,7 @@ def criterion_sentence(criterion: Mapping[str, Any], alpha: float) -> str:
         )
     passes = criterion["decision"] == "pass"
     text = f"{text}; {sure} at most {high}" if passes != share else f"{text}; {sure} at least {low}"
-    return f"{text}, {_unseen(criterion)}" if passes and not share else text
+    return f"{text}, {_unseen(criterion)}" if criterion.get("unseen_share") and passes else text
 
 
 def _unseen(criterion: Mapping[str, Any]) -> str:

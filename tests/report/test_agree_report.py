@@ -246,6 +246,20 @@ def test_a_decision_is_told_with_the_bound_it_rests_on(what: str, decision: str,
     assert criterion_sentence({**criterion, "bounds": [0.3, 0.7]}, 0.05) == said
 
 
+@pytest.mark.parametrize(
+    ("rare", "said"),
+    [
+        (0.0, "0.7, of positions like these; of a kind rarer than 1 in 20 there may be none"),
+        (7.0, "0.7, with 7 nats at positions of a kind too rare to be among these"),
+    ],
+)
+def test_a_limit_that_is_kept_says_what_it_speaks_of(rare: float, said: str) -> None:
+    criterion = {"what": "mean KL", "decision": "pass", "found": 0.5, "limit": 0.8}
+    spoken = {"bounds": [0.3, 0.7], "unseen_share": 0.05, "rare_kl": rare}
+
+    assert criterion_sentence({**criterion, **spoken}, 0.05).endswith(said)
+
+
 def test_what_is_open_is_told_with_both_bounds_and_a_remedy() -> None:
     criterion = {"what": "mean KL", "decision": "undecided", "found": 0.5, "limit": 0.6}
 
